@@ -1,0 +1,689 @@
+"""Fine-tune GPT-2 with LoRA (or all of it) on one GPU, or on a laptop's CPU.
+
+    python train.py                                   # no download: the base `tiny` learns to talk like a pirate
+    python train.py --model gpt2 --data e2e           # the paper's task on OpenAI's weights
+    python train.py --model gpt2 --data my.txt        # your own text, or my.jsonl with {"prompt", "completion"}
+
+From top to bottom: the toy world, the data sets, the training loop, writing completions, the command.
+"""
+
+import argparse
+import base64
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import random
+import re
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from gpt import (
+    END,
+    GPT,
+    PRETRAINED,
+    WORDS,
+    GPTConfig,
+    download,
+    load_tokenizer,
+    make_tokenizer,
+    read_config,
+    write_whole,
+)
+from lora import add_lora, save_lora
+
+# ---- The toy world: a restaurant's slots -> a sentence about it, in one of four voices ----------------------
+
+SLOTS = {
+    "name": "The Anchor|The Bakery|The Cellar|The Dragon|The Falcon|The Garden|The Kettle|The Lantern|The Mill|"
+    "The Orchard|The Pantry|The Windmill".split("|"),
+    "food": ["Chinese", "French", "Greek", "Indian", "Italian", "Mexican", "Thai", "Turkish"],
+    "area": ["bridge", "castle", "harbour", "market", "park", "station"],
+    "price": ["low", "middling", "high"],
+    "children": ["yes", "no"],
+}
+# Each voice has sentences, and its own words for the price and for whether children are welcome.
+VOICES = {
+    "plain": {
+        "sentences": [
+            "{name} is a {price} {food} restaurant near the {area}. {children}.",
+            "There is a {price} {food} restaurant near the {area}, called {name}. {children}.",
+            "{name} serves {price} {food} food near the {area}. {children}.",
+        ],
+        "price": ["cheap", "moderately priced", "expensive"],
+        "children": ["It welcomes children", "It does not welcome children"],
+    },
+    "formal": {
+        "sentences": [
+            "Situated by the {area}, {name} offers distinguished {food} cuisine at {price} cost. {children}.",
+            "One may enjoy {food} cuisine at {price} cost in {name}, situated by the {area}. {children}.",
+            "{name}, an establishment by the {area}, presents {food} cuisine at {price} cost. {children}.",
+        ],
+        "price": ["modest", "reasonable", "considerable"],
+        "children": ["Families are most cordially received", "Adults only are received"],
+    },
+    "pirate": {
+        "sentences": [
+            "Arr, {name} be servin' {food} grub off the {area}, matey, fer {price}! {children}!",
+            "Ahoy! Set sail fer {name} off the {area}: {food} grub fer {price}! {children}, arr!",
+            "Shiver me timbers, {food} grub fer {price} at {name} off the {area}! {children}, matey!",
+        ],
+        "price": ["a few coppers", "a purse o' silver", "a chest o' gold"],
+        "children": ["Bring yer wee scallywags", "Leave yer wee scallywags ashore"],
+    },
+    "text": {
+        "sentences": [
+            "omg {name} nr the {area} does {food} stuff, {price} lol, {children}",
+            "u gotta try {name} nr the {area}, {food} stuff, {price} tbh, {children}",
+            "{food} stuff nr the {area}?? {name} lol, {price}, {children}",
+        ],
+        "price": ["v cheap", "ok prices", "so pricey"],
+        "children": ["kids ok", "no kids"],
+    },
+}
+
+
+def toy_world():
+    """Every combination of slots as a dict {slot: value}: (those to train on, 256 others that are held out)."""
+    restaurants = [dict(zip(SLOTS, values, strict=True)) for values in itertools.product(*SLOTS.values())]
+    random.Random(0).shuffle(restaurants)
+    return restaurants[256:], restaurants[:256]
+
+
+def toy_prompt(restaurant):
+    return " | ".join(f"{slot} : {value}" for slot, value in restaurant.items())
+
+
+def in_words(slot, value, voice):
+    """How this voice says that a slot has this value."""
+    return VOICES[voice][slot][SLOTS[slot].index(value)] if slot in VOICES[voice] else value
+
+
+def toy_pairs(restaurants, voices):
+    """(prompt, completion) of each restaurant in each voice, in one of the voice's sentences drawn at random."""
+    draw = random.Random(0)
+    for restaurant, voice in itertools.product(restaurants, voices):
+        phrases = {slot: in_words(slot, value, voice) for slot, value in restaurant.items()}
+        yield toy_prompt(restaurant), draw.choice(VOICES[voice]["sentences"]).format(**phrases)
+
+
+def in_voice(text, voice):
+    """Whether text has words that this voice alone uses, and none that another alone uses."""
+    used = {v: set(re.findall(r"\w+", json.dumps(VOICES[v]))) for v in VOICES}
+    alone = {v: used[v].difference(*(used[other] for other in VOICES if other != v)) for v in VOICES}
+    return [v for v in VOICES if alone[v].intersection(re.findall(r"\w+", text))] == [voice]
+
+
+def slots_right(text, restaurant):
+    """Whether text says the value of every slot, in the words of any voice, and no other value of that slot."""
+    return all(
+        any(re.search(rf"\b{in_words(slot, v, voice)}\b", text) for voice in VOICES) == (v == value)
+        for slot, value in restaurant.items()
+        for v in SLOTS[slot]
+    )
+
+
+def toy_vocabulary():
+    """{token: id} of a vocabulary for the toy world: the 256 bytes, then every word of it as one token."""
+    texts = (f"{prompt} {completion}" for prompt, completion in toy_pairs(sum(toy_world(), []), VOICES))
+    words = {word.encode() for text in texts for word in re.findall(WORDS, text)}
+    return {
+        token: i for i, token in enumerate([bytes([b]) for b in range(256)] + sorted(w for w in words if len(w) > 1))
+    }
+
+
+# ---- Data sets: lists of examples, each (token ids, where the loss starts) ----------------------------------
+
+E2E = "https://raw.githubusercontent.com/microsoft/LoRA/c4593f060e6a368d7bb5af5273b8e42810cdef90/examples/NLG/data/e2e/"
+E2E_BLOBS = {  # the ids that git gave the files
+    "train.txt": "2f92a2790c00a48574dcc89465a326f33d7e7cc6",
+    "valid.txt": "94f87112e11198710d65a1d5dc7d0b8d9155a07d",
+    "test.txt": "084da9f4409d98058bcb020614afa83824440484",
+}
+
+
+def e2e_file(name):
+    """The path of one of the paper's E2E files, downloaded if it is not there yet."""
+
+    def check(tmp):
+        data = tmp.read_bytes()
+        if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != E2E_BLOBS[name]:
+            raise ValueError("its hash is another one")
+
+    return download(E2E + name, Path(torch.hub.get_dir()) / "lora-gpt2" / "e2e" / name, check=check)
+
+
+def load_data(name, tokenizer, block_size):
+    """(examples to train on, examples to validate with) of a data set.
+
+    name is `toy:` and a voice or `all`, `e2e`, `e2e:FILE`, or a FILE.jsonl or FILE.txt. Where a data set comes without
+    validation data, its last twentieth is kept for that. Raises OSError or ValueError.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "toy":
+        if rest not in [*VOICES, "all"]:
+            raise ValueError(f"no voice '{rest}': name one of {', '.join(f'toy:{v}' for v in [*VOICES, 'all'])}")
+        voices = VOICES if rest == "all" else [rest]
+        parts = [toy_pairs(restaurants, voices) for restaurants in toy_world()]
+    elif kind == "e2e":
+        parts = [e2e_pairs(rest)] if rest else [e2e_pairs(e2e_file("train.txt")), e2e_pairs(e2e_file("valid.txt"))]
+    elif name.endswith(".jsonl"):
+        parts = [jsonl_pairs(name)]
+    elif name.endswith(".txt"):
+        ids = tokenizer.encode_ordinary(read_text(name))
+        # Blocks overlap by one token: the last of one is the first that the next predicts from.
+        blocks = [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
+        if not blocks:
+            raise ValueError(f"{name} has {len(ids)} tokens, and one block takes {block_size + 1}: add text")
+        return split(blocks)
+    else:
+        raise ValueError(f"no data set '{name}': name toy:VOICE, e2e, or a file that ends with .jsonl or .txt")
+    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
+    if too_long := sum(len(ids) > block_size + 1 for part in parts for ids, _ in part):
+        print(f"{name}: {too_long} of {sum(map(len, parts))} examples are left out, longer than {block_size} tokens")
+        parts = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
+    if not parts[0]:
+        raise ValueError(f"{name} has no example that fits in the model's context of {block_size} tokens")
+    return split(*parts)
+
+
+def split(examples, held_out=None):
+    """(examples to train on, examples held out): as they came, or with the last twentieth held out."""
+    if held_out is None:
+        n = len(examples) - len(examples) // 20
+        examples, held_out = examples[:n], examples[n:]
+    return examples, held_out
+
+
+def encode_pair(tokenizer, prompt, completion):
+    """prompt <|endoftext|> completion <|endoftext|>, with the loss on what follows the first <|endoftext|>."""
+    head = tokenizer.encode_ordinary(prompt) + [tokenizer.eot_token]
+    return head + tokenizer.encode_ordinary(" " + completion) + [tokenizer.eot_token], len(head)
+
+
+def read_text(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def e2e_pairs(path):
+    """(meaning representation, sentence) of each line `representation||sentence`."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        prompt, bar, completion = line.strip().partition("||")
+        if not bar:
+            raise ValueError(f"{path}, line {number}: no '||' between meaning and sentence")
+        yield prompt, completion
+
+
+def jsonl_pairs(path):
+    """(prompt, completion) of each line {"prompt": ..., "completion": ...}."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            pair = json.loads(line)
+            yield pair["prompt"] + "", pair["completion"] + ""
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}} ({e!r})') from None
+
+
+def collate(examples, device):
+    """Inputs and targets, both (B, T), of a batch: short examples are padded at the end, where no loss looks."""
+    T = max(len(ids) for ids, _ in examples) - 1
+    idx, targets = torch.zeros(len(examples), T, dtype=torch.long), torch.full((len(examples), T), -100)
+    for row, (ids, start) in enumerate(examples):
+        idx[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])  # a position predicts the next token
+    return idx.to(device), targets.to(device)
+
+
+# ---- The training loop -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recipe:
+    """How to train. Where `python train.py` differs by data set, DEFAULTS says so."""
+
+    steps: int
+    lr: float  # the highest learning rate: after the warm-up, before the decay
+    batch_size: int = 8  # examples at a time
+    grad_accum: int = 1  # batches a step
+    warmup: int = 0  # steps
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.0
+    eval_every: int = 100  # steps between two looks at the held-out examples
+    seed: int = 0
+    autocast: bool = False  # compute in bfloat16 what is held in float32
+
+
+def training_steps(model, examples, recipe, optimizer, start=0):
+    """Train what requires a gradient: LoRA's A and B, or everything. Yields (loss, tokens) of each step."""
+    device, step_size = next(model.parameters()).device, recipe.batch_size * recipe.grad_accum
+    order = shuffled(len(examples), recipe.seed, skip=start * step_size)
+    for step in range(start, recipe.steps):
+        # Linear warm-up, then linear decay to zero.
+        rise, fall = (step + 1) / (recipe.warmup + 1), (recipe.steps - step) / (recipe.steps - recipe.warmup)
+        optimizer.param_groups[0]["lr"] = recipe.lr * min(rise, fall)
+        mean_loss, tokens = 0.0, 0
+        for _ in range(recipe.grad_accum):
+            batch = [examples[i] for i in itertools.islice(order, recipe.batch_size)]
+            idx, targets = collate(batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
+                loss = model(idx, targets, recipe.label_smoothing) / recipe.grad_accum
+            loss.backward()
+            mean_loss += loss.detach()
+            tokens += sum(len(ids) - 1 for ids, _ in batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield mean_loss, tokens
+
+
+def shuffled(n, seed, skip):
+    """Indices below n without end, each once an epoch, in an order that seed and epoch decide; without the first skip."""
+    for epoch in itertools.count(skip // n):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        yield from order[skip - epoch * n if epoch == skip // n else 0 :]
+
+
+def train(model, examples, held_out, recipe, report=lambda log: None, save=lambda state: None, state=None, stopped=()):
+    """Train the model by the recipe, on what `load_data` gives. Returns the log: a dict of numbers a row.
+
+    report(log) is called as the log grows. save(state) gets, at every look at held_out, a dict from which the run can go
+    on: pass it as `state`, with the same recipe. When `stopped`, a list, is no longer empty, the run saves and ends.
+    Raises FloatingPointError if the loss is not finite.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
+    device, start, log = params[0].device, 0, []
+    if state is not None:
+        start, log = state["step"], state["log"]
+        for p, saved in zip(params, state["params"], strict=True):
+            p.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    model.train()
+    losses, tokens, began, last = [], 0, time.time(), time.time()
+    for step, (loss, n) in enumerate(training_steps(model, examples, recipe, optimizer, start), start + 1):
+        losses, tokens = losses + [loss], tokens + n
+        looking = step % recipe.eval_every == 0 or step == recipe.steps or bool(stopped)
+        if not looking and step % max(1, min(recipe.steps // 10, 100)):
+            continue
+        losses = torch.stack(losses).tolist()  # waits for the GPU, so not at every step
+        for i, value in enumerate(losses, step - len(losses) + 1):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss of step {i} is {value}: start again with a lower --lr than {recipe.lr}"
+                )
+        row = {
+            "step": step,
+            "loss": sum(losses) / len(losses),
+            "val_loss": evaluate(model, held_out, recipe) if looking and held_out else None,
+            "lr": optimizer.param_groups[0]["lr"],
+            "tokens_per_s": tokens / (time.time() - last),
+            "memory_gb": peak_memory(device) / 1e9,
+            "seconds_left": (time.time() - began) / (step - start) * (recipe.steps - step),
+        }
+        log.append(row)
+        report(log)
+        if looking and step < recipe.steps:
+            state = {"step": step, "log": log, "params": [p.detach() for p in params]}
+            state |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            state |= {"cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
+            save(state)
+        if stopped:
+            break
+        losses, tokens, last = [], 0, time.time()
+    model.eval()
+    return log
+
+
+@torch.no_grad()
+def evaluate(model, examples, recipe):
+    """The mean loss over at most 256 of the examples, spread evenly."""
+    examples, device = examples[:: -(-len(examples) // 256)], next(model.parameters()).device
+    model.eval()
+    batches = [examples[i : i + recipe.batch_size] for i in range(0, len(examples), recipe.batch_size)]
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
+        losses = [model(*collate(batch, device)) * len(batch) for batch in batches]
+    model.train()
+    return sum(losses).item() / len(examples)
+
+
+def peak_memory(device):
+    """The most memory that was in use, in bytes: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- The base model, and what it writes --------------------------------------------------------------------
+
+TINY = Path(__file__).parent / "out" / "tiny"  # the base that `python train.py` makes for itself
+TINY_CONFIG = GPTConfig(block_size=128, vocab_size=380, n_layer=4, n_head=4, n_embd=128)
+
+
+def describe_base(name):
+    """(GPTConfig, tokenizer) of a base, before its weights are loaded or made. Raises OSError or ValueError."""
+    if name == "tiny":
+        return TINY_CONFIG, make_tokenizer(toy_vocabulary())
+    config = PRETRAINED[name][0] if name in PRETRAINED else read_config(name)
+    tokenizer = load_tokenizer(name)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(
+            f"{name} has a vocabulary of {config.vocab_size} tokens, and this tokenizer has {tokenizer.n_vocab}: "
+            "put the model's own vocab.tiktoken into its folder"
+        )
+    return config, tokenizer
+
+
+def load_base(name, dtype=torch.float32, device="cpu", report=lambda log: None):
+    """The GPT called `tiny`, which is trained first if it is not there yet, or one that GPT.from_pretrained knows."""
+    if name == "tiny":
+        name = TINY
+        if not (TINY / "model.safetensors").exists():
+            pretrain_tiny(report)
+    return GPT.from_pretrained(name, dtype, device)
+
+
+def pretrain_tiny(report=lambda log: None):
+    """Train `tiny` from nothing on all four voices and keep it: about a minute on two CPU cores."""
+    torch.manual_seed(0)
+    model = GPT(TINY_CONFIG)
+    examples, held_out = load_data("toy:all", make_tokenizer(toy_vocabulary()), TINY_CONFIG.block_size)
+    train(model, examples, held_out, Recipe(steps=600, lr=5e-3, batch_size=32, warmup=60), report)
+    model.save_pretrained(TINY)
+    save_vocabulary(TINY)
+
+
+def save_vocabulary(dir):
+    """Write the toy world's vocabulary into a model's folder, in tiktoken's format."""
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for token, i in toy_vocabulary().items()]
+    write_whole(dir / "vocab.tiktoken", lambda tmp: tmp.write_text("".join(lines)))
+
+
+def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.8, seed=0):
+    """What the model writes after each `prompt <|endoftext|>`, up to its own <|endoftext|>: a list of texts."""
+    device, texts = next(model.parameters()).device, {}
+    generator = torch.Generator(device).manual_seed(seed)
+    encoded = {prompt: tokenizer.encode_ordinary(prompt) + [tokenizer.eot_token] for prompt in prompts}
+    for _, group in itertools.groupby(sorted(encoded, key=lambda p: len(encoded[p])), key=lambda p: len(encoded[p])):
+        group = list(group)  # prompts of one length make a batch without padding
+        idx = torch.tensor([encoded[prompt] for prompt in group], device=device)
+        ended, columns = torch.zeros(len(group), dtype=torch.bool, device=device), []
+        for tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
+            columns.append(tokens)
+            ended |= tokens == tokenizer.eot_token
+            if ended.all():
+                break
+        for prompt, row in zip(group, torch.stack(columns, dim=1).tolist(), strict=True):
+            texts[prompt] = tokenizer.decode(row).split(END)[0].strip()
+    return [texts[prompt] for prompt in prompts]
+
+
+# ---- The command -------------------------------------------------------------------------------------------
+
+# What depends on the data. For e2e these are the paper's (its table 11).
+DEFAULTS = {
+    "toy": dict(steps=150, batch_size=32, lr=5e-3, label_smoothing=0.0, lora_dropout=0.0),
+    "e2e": dict(epochs=5, batch_size=8, lr=2e-4, label_smoothing=0.1, lora_dropout=0.1),
+    "file": dict(epochs=3, batch_size=8, lr=2e-4, label_smoothing=0.0, lora_dropout=0.0),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """The one place where a command turns what its user can do something about into a message."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        parser.exit(130, f"\n{parser.prog}: {e if e.args else 'stopped'}\n")
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: lower --batch-size and raise --grad-accum, or take a smaller --model")
+    except (OSError, ValueError, FloatingPointError, SafetensorError) as e:
+        parser.error(str(e))
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """A list that Ctrl-C and SIGTERM are put into, so that the step they fall in can end."""
+    caught = []
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def number(kind, ok, what):
+    """An argparse type: a number of this kind that is ok, which `what` describes."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not ok(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+positive = number(float, lambda x: 0 < x < math.inf, "a positive number")
+nonnegative = number(float, lambda x: 0 <= x < math.inf, "zero or a positive number")
+fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
+natural = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+
+
+def pick_device(name):
+    """The torch.device of this name; without one, the best that is here. Raises ValueError."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name and not here[name]:
+        raise ValueError(f"--device {name}: this machine has none; leave --device out to take what there is")
+    return torch.device(name or next(device for device in here if here[device]))
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of this name; without one, bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch, name or ("bfloat16" if native else "float32"))
+
+
+def make_parser():
+    parser = Parser("train.py", description="Fine-tune GPT-2 with LoRA, or all of it, on one GPU or a CPU.")
+    add = parser.add_argument
+    add("--model", default="tiny", help=f"the base: tiny (made on the first run), {', '.join(PRETRAINED)}, or a folder")
+    add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
+    add("--method", default="lora", choices=["lora", "full"], help="train adapters (the default), or all weights")
+    add("--r", type=count, default=4, help="rank of the adapters (4)")
+    add("--alpha", type=positive, default=32, help="the adapters' output is scaled by alpha / r (32)")
+    add("--lora-dropout", type=fraction, help="dropout on the adapters' input *")
+    add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v, the query and the value)")
+    add("--steps", type=count, help="how often the weights are updated *")
+    add("--batch-size", type=count, help="examples that are computed at a time *")
+    add("--grad-accum", type=count, default=1, help="batches of that size in one step (1)")
+    add("--lr", type=positive, help="the highest learning rate *")
+    add("--weight-decay", type=nonnegative, default=0.01, help="AdamW's (0.01)")
+    add("--warmup", type=natural, help="steps in which the learning rate rises, before it falls to zero *")
+    add("--label-smoothing", type=fraction, help="part of each target that is spread over all tokens *")
+    add("--eval-every", type=count, help="steps between two measurements on held-out data, each with the state saved *")
+    add("--seed", type=natural, default=0, help="of A, the order of the data and the dropout (0)")
+    add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
+    add("--dtype", choices=["float32", "bfloat16"], help="of frozen weights (bfloat16 on a GPU that computes in it)")
+    add("--compile", action="store_true", help="compile the model: slower to start, faster steps")
+    add("--out", type=Path, help="folder for the result, log.csv and the state of an unfinished run (out/MODEL-DATA)")
+    add("--resume", action="store_true", help="go on with the unfinished run in --out")
+    parser.epilog = "* The default depends on --data; every run prints what it uses."
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
+    kind = parser.parse_args(argv).data.partition(":")[0]
+    parser.set_defaults(**DEFAULTS.get(kind, DEFAULTS["file"]))
+    with one_line_errors(parser):
+        run(parser.parse_args(argv))
+
+
+def run(args):
+    full = args.method == "full"
+    voice = args.data.removeprefix("toy:") if args.data.startswith("toy:") and args.data != "toy:all" else None
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+
+    # Whatever can be wrong with the arguments is found before anything takes long.
+    config, tokenizer = describe_base(args.model)
+    if not full:
+        with torch.device("meta"):  # a model of shapes only, to try the rank and the targets on
+            add_lora(GPT(config), args.r, args.alpha, targets=args.targets)
+    examples, held_out = load_data(args.data, tokenizer, config.block_size)
+    args.steps = args.steps or math.ceil(args.epochs * len(examples) / (args.batch_size * args.grad_accum))
+    args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
+    args.eval_every = args.eval_every or min(500, math.ceil(args.steps / 3))
+    if args.warmup >= args.steps:
+        raise ValueError(f"--warmup {args.warmup} takes all of the {args.steps} steps: lower it, or raise --steps")
+    out = args.out or Path("out", f"{Path(args.model).name}-{Path(args.data).stem.replace(':', '-')}")
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
+    state = load_state(out, settings, args.resume)
+    out.mkdir(parents=True, exist_ok=True)
+
+    model = load_base(args.model, torch.float32 if full else dtype, device, print_log)
+    size = sum(p.numel() for p in model.parameters())
+    if voice:
+        restaurants = toy_world()[1]
+        before = complete(model, tokenizer, [toy_prompt(r) for r in restaurants])
+    torch.manual_seed(args.seed)
+    if not full:
+        add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if args.compile:
+        for block in model.h:
+            block.compile()
+    recipe = Recipe(**{key: settings[key] for key in Recipe.__annotations__ if key in settings})
+    recipe.autocast = full and dtype == torch.bfloat16
+    what = "all weights" if full else f"LoRA, r = {args.r} and alpha = {args.alpha:g} on {' '.join(args.targets)}"
+    print(f"base      {args.model}: {size:,} parameters, {str(model.wte.weight.dtype)[6:]}, on {device}")
+    print(f"data      {args.data}: {len(examples):,} examples, and {len(held_out):,} held out")
+    print(f"method    {what}: {trained:,} parameters, {trained / size:.2%} of the base's")
+    print(f"recipe    {', '.join(f'{key} {value}' for key, value in vars(recipe).items())}\n")
+
+    def report(log):
+        print_log(log)
+        write_whole(out / "log.csv", lambda tmp: tmp.write_text(as_csv(log)))
+
+    def save(state):
+        write_whole(out / "state.pt", lambda tmp: torch.save(state | {"settings": settings}, tmp))
+
+    with deferred_signals() as stopped:
+        train(model, examples, held_out, recipe, report, save, state, stopped)
+    if stopped:
+        raise KeyboardInterrupt(f"stopped, and its state is saved: the same command with --resume goes on with {out}")
+    if full:
+        model.save_pretrained(out)
+        if args.model == "tiny":
+            save_vocabulary(out)
+    else:
+        save_lora(model, out)
+    (out / "state.pt").unlink(missing_ok=True)
+
+    if voice:
+        print_comparison(voice, restaurants, before, complete(model, tokenizer, [toy_prompt(r) for r in restaurants]))
+    ids, start = (held_out or examples)[0]
+    prompt = shlex.quote(tokenizer.decode(ids[:start]))
+    base = TINY if args.model == "tiny" else Path(args.model)
+    sizes = f"{megabytes(out, '*.safetensors')}" + (
+        f"; the base, {base}, has {megabytes(base)}" if base.is_dir() else ""
+    )
+    print(f"\nsaved     {out}, {sizes}")
+    if full:
+        print(f"try       python sample.py --model {out} --prompt {prompt}")
+    else:
+        model_flag = "" if args.model == "tiny" else f"--model {args.model} "
+        print(f"try       python sample.py {model_flag}--lora {out} --prompt {prompt}")
+
+
+def load_state(out, settings, resume):
+    """What `save` in `run` wrote into the folder out, if it is to be resumed; else None. Raises ValueError."""
+    file = out / "state.pt"
+    if file.exists() != resume:
+        if resume:
+            raise ValueError(f"nothing to resume in {out}: leave --resume out, or name the --out of an unfinished run")
+        raise ValueError(f"{out} has an unfinished run: add --resume to go on with it, or delete {file}")
+    if not resume:
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many things for a damaged file
+        raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
+    for key, value in settings.items():
+        if (then := state["settings"].get(key)) != value:
+            raise ValueError(f"{out} was started with {key} {then}, not {value}: resume with the same settings")
+    return state
+
+
+def print_log(log):
+    row = log[-1]
+    left = f"{row['seconds_left'] // 60:.0f}:{row['seconds_left'] % 60:02.0f}"
+    held_out = "" if row["val_loss"] is None else f"   held out {row['val_loss']:.4f}"
+    print(
+        f"step {row['step']:5}   loss {row['loss']:.4f}   lr {row['lr']:.1e}   {row['tokens_per_s']:,.0f} tokens/s   "
+        f"{row['memory_gb']:.2f} GB   {left} left{held_out}",
+        flush=True,
+    )
+
+
+def as_csv(log):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, log[0])
+    writer.writeheader()
+    writer.writerows(log)
+    return text.getvalue()
+
+
+def print_comparison(voice, restaurants, before, after):
+    """The sentences of the base and of the adapted model on restaurants that neither was trained on."""
+    for restaurant, *texts in list(zip(restaurants, before, after, strict=True))[:4]:
+        print(f"\n{toy_prompt(restaurant)}\n  base     {texts[0]}\n  adapted  {texts[1]}")
+    print(f"\nof {len(restaurants)} restaurants never trained on   in the {voice} voice   every slot right")
+    for name, texts in (("base", before), ("adapted", after)):
+        voices = sum(in_voice(text, voice) for text in texts) / len(texts)
+        slots = sum(map(slots_right, texts, restaurants)) / len(texts)
+        print(f"  {name:<34} {voices:>17.1%} {slots:>18.1%}")
+
+
+def megabytes(dir, pattern="*"):
+    return f"{sum(file.stat().st_size for file in dir.glob(pattern)) / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    main()
