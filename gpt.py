@@ -436,7 +436,6 @@ WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # a vocabulary of our own splits text into word
 def load_tokenizer(name_or_dir):
     """GPT-2's tokenizer, or the one in the folder's `vocab.tiktoken`, as a tiktoken.Encoding.
 
-    Each line of that file is a token in base64 and its id, as tiktoken writes them.
     Raises OSError if GPT-2's vocabulary cannot be downloaded, ValueError if the folder's is damaged.
     """
     file = Path(name_or_dir) / "vocab.tiktoken"
@@ -447,12 +446,16 @@ def load_tokenizer(name_or_dir):
             why = f"cannot download GPT-2's vocabulary ({type(e).__name__})"
             raise OSError(f"{why}: set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it") from None
     try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-        return make_tokenizer({base64.b64decode(token): int(i) for token, i in lines})
+        return make_tokenizer(file.read_text())
     except ValueError as e:
         raise ValueError(f"{file} is not a vocabulary in tiktoken's format ({e})") from None
 
 
 def make_tokenizer(vocabulary):
-    """The tiktoken.Encoding of a vocabulary {token in bytes: id}, with <|endoftext|> as one id more."""
-    return tiktoken.Encoding("own", pat_str=WORDS, mergeable_ranks=vocabulary, special_tokens={END: len(vocabulary)})
+    """The tiktoken.Encoding of a vocabulary in tiktoken's format, each line a token in base64 and its id.
+
+    <|endoftext|> gets the next id. Raises ValueError.
+    """
+    lines = [line.split() for line in vocabulary.splitlines()]
+    ranks = {base64.b64decode(token): int(i) for token, i in lines}
+    return tiktoken.Encoding("own", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: len(ranks)})

@@ -12,7 +12,17 @@ import torch
 
 from gpt import END, PRETRAINED
 from lora import load_lora, merge_lora
-from train import Parser, count, describe_base, load_base, natural, nonnegative, one_line_errors, pick_device, pick_dtype
+from train import (
+    Parser,
+    count,
+    describe_base,
+    load_base,
+    natural,
+    nonnegative,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+)
 
 
 def make_parser():
@@ -20,10 +30,19 @@ def make_parser():
     add = parser.add_argument
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter")
-    add("--merge", action="store_true", help="merge the adapter into the base first: the same text, no extra work a token")
+    add(
+        "--merge",
+        action="store_true",
+        help="merge the adapter into the base first: the same text, no extra work a token",
+    )
     add("--prompt", default="", help=f"what to write on from; without one, the start of a text, {END}")
     add("--max-new-tokens", type=count, help="tokens to write at most (200, or as many as fit)")
-    add("--temperature", type=nonnegative, default=0.8, help="0 always takes the likeliest token; 1 draws as trained (0.8)")
+    add(
+        "--temperature",
+        type=nonnegative,
+        default=0.8,
+        help="0 always takes the likeliest token; 1 draws as trained (0.8)",
+    )
     add("--top-k", type=count, help="draw among the k likeliest tokens only")
     add("--seed", type=natural, default=0, help="of the draws (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")

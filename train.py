@@ -10,9 +10,7 @@ From top to bottom: the toy world, the data sets, the training loop, writing com
 import argparse
 import base64
 import contextlib
-import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -60,7 +58,7 @@ VOICES = {
             "There is a {price} {food} restaurant near the {area}, called {name}. {children}.",
             "{name} serves {price} {food} food near the {area}. {children}.",
         ],
-        "price": ["cheap", "moderately priced", "expensive"],
+        "price": ["cheap", "fairly priced", "costly"],
         "children": ["It welcomes children", "It does not welcome children"],
     },
     "formal": {
@@ -134,12 +132,12 @@ def slots_right(text, restaurant):
 
 
 def toy_vocabulary():
-    """{token: id} of a vocabulary for the toy world: the 256 bytes, then every word of it as one token."""
-    texts = (f"{prompt} {completion}" for prompt, completion in toy_pairs(sum(toy_world(), []), VOICES))
-    words = {word.encode() for text in texts for word in re.findall(WORDS, text)}
-    return {
-        token: i for i, token in enumerate([bytes([b]) for b in range(256)] + sorted(w for w in words if len(w) > 1))
-    }
+    """The toy world's vocabulary in tiktoken's format: the 256 bytes, for any text, then each word as one token."""
+    pairs = toy_pairs(sum(toy_world(), []), VOICES)
+    words = {word.encode() for pair in pairs for word in re.findall(WORDS, " ".join(pair))}
+    single = [bytes([b]) for b in range(256)]
+    tokens = single + sorted(words.difference(single))
+    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
 
 
 # ---- Data sets: lists of examples, each (token ids, where the loss starts) ----------------------------------
@@ -164,45 +162,38 @@ def e2e_file(name):
 
 
 def load_data(name, tokenizer, block_size):
-    """(examples to train on, examples to validate with) of a data set.
+    """(examples to train on, examples held out) of a data set, none longer than a context of block_size tokens.
 
-    name is `toy:` and a voice or `all`, `e2e`, `e2e:FILE`, or a FILE.jsonl or FILE.txt. Where a data set comes without
-    validation data, its last twentieth is kept for that. Raises OSError or ValueError.
+    name is `toy:` and a voice or `all`, `e2e`, `e2e:FILE`, or a FILE.jsonl or FILE.txt. Where nothing is held out by
+    the data set itself, the last twentieth is. Raises OSError or ValueError.
     """
     kind, _, rest = name.partition(":")
     if kind == "toy":
         if rest not in [*VOICES, "all"]:
-            raise ValueError(f"no voice '{rest}': name one of {', '.join(f'toy:{v}' for v in [*VOICES, 'all'])}")
-        voices = VOICES if rest == "all" else [rest]
-        parts = [toy_pairs(restaurants, voices) for restaurants in toy_world()]
+            raise ValueError(
+                f"no voice '{rest}': name one of {', '.join(f'toy:{voice}' for voice in [*VOICES, 'all'])}"
+            )
+        parts = [toy_pairs(restaurants, VOICES if rest == "all" else [rest]) for restaurants in toy_world()]
     elif kind == "e2e":
-        parts = [e2e_pairs(rest)] if rest else [e2e_pairs(e2e_file("train.txt")), e2e_pairs(e2e_file("valid.txt"))]
+        parts = [e2e_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
     elif name.endswith(".jsonl"):
         parts = [jsonl_pairs(name)]
     elif name.endswith(".txt"):
-        ids = tokenizer.encode_ordinary(read_text(name))
-        # Blocks overlap by one token: the last of one is the first that the next predicts from.
-        blocks = [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
-        if not blocks:
-            raise ValueError(f"{name} has {len(ids)} tokens, and one block takes {block_size + 1}: add text")
-        return split(blocks)
+        parts = [text_blocks(name, tokenizer, block_size)]
     else:
         raise ValueError(f"no data set '{name}': name toy:VOICE, e2e, or a file that ends with .jsonl or .txt")
-    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
-    if too_long := sum(len(ids) > block_size + 1 for part in parts for ids, _ in part):
-        print(f"{name}: {too_long} of {sum(map(len, parts))} examples are left out, longer than {block_size} tokens")
-        parts = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
-    if not parts[0]:
-        raise ValueError(f"{name} has no example that fits in the model's context of {block_size} tokens")
-    return split(*parts)
-
-
-def split(examples, held_out=None):
-    """(examples to train on, examples held out): as they came, or with the last twentieth held out."""
-    if held_out is None:
-        n = len(examples) - len(examples) // 20
-        examples, held_out = examples[:n], examples[n:]
-    return examples, held_out
+    if not name.endswith(".txt") or kind == "e2e":
+        parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
+    fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
+    if fit != parts:
+        left_out, total = sum(map(len, parts)) - sum(map(len, fit)), sum(map(len, parts))
+        print(
+            f"{name}: left out {left_out} of {total} examples, which are longer than the context of {block_size} tokens"
+        )
+    if not fit[0]:
+        raise ValueError(f"{name} has no example that fits in the context of {block_size} tokens: shorten them")
+    n = len(fit[0]) - len(fit[0]) // 20
+    return tuple(fit) if len(fit) == 2 else (fit[0][:n], fit[0][n:])
 
 
 def encode_pair(tokenizer, prompt, completion):
@@ -211,33 +202,42 @@ def encode_pair(tokenizer, prompt, completion):
     return head + tokenizer.encode_ordinary(" " + completion) + [tokenizer.eot_token], len(head)
 
 
-def read_text(path):
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
+def text_blocks(path, tokenizer, block_size):
+    """Plain text in pieces that fill the context. They overlap by a token: what one ends with, the next starts from."""
+    ids = tokenizer.encode_ordinary("\n".join(read_lines(path)))
+    blocks = [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
+    if not blocks:
+        raise ValueError(f"{path} has {len(ids)} tokens, and one example takes {block_size + 1}: add text")
+    return blocks
 
 
 def e2e_pairs(path):
     """(meaning representation, sentence) of each line `representation||sentence`."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         prompt, bar, completion = line.strip().partition("||")
         if not bar:
-            raise ValueError(f"{path}, line {number}: no '||' between meaning and sentence")
+            raise ValueError(f"{path}, line {number}: there is no || between meaning and sentence")
         yield prompt, completion
 
 
 def jsonl_pairs(path):
     """(prompt, completion) of each line {"prompt": ..., "completion": ...}."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             pair = json.loads(line)
-            yield pair["prompt"] + "", pair["completion"] + ""
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}} ({e!r})') from None
+            yield pair["prompt"] + "", pair["completion"] + ""  # + "": only a string will do
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}') from None
+
+
+def read_lines(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text.rstrip("\n").split("\n")
 
 
 def collate(examples, device):
@@ -292,62 +292,65 @@ def training_steps(model, examples, recipe, optimizer, start=0):
 
 
 def shuffled(n, seed, skip):
-    """Indices below n without end, each once an epoch, in an order that seed and epoch decide; without the first skip."""
+    """Indices below n, epoch after epoch, each in an order of its own that seed decides; the first `skip` left out."""
     for epoch in itertools.count(skip // n):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        yield from order[skip - epoch * n if epoch == skip // n else 0 :]
+        yield from order[skip % n if epoch == skip // n else 0 :]
 
 
 def train(model, examples, held_out, recipe, report=lambda log: None, save=lambda state: None, state=None, stopped=()):
-    """Train the model by the recipe, on what `load_data` gives. Returns the log: a dict of numbers a row.
+    """Train the model by the recipe on examples from `load_data`. Returns the log: a list of dicts of numbers.
 
-    report(log) is called as the log grows. save(state) gets, at every look at held_out, a dict from which the run can go
-    on: pass it as `state`, with the same recipe. When `stopped`, a list, is no longer empty, the run saves and ends.
+    report(log) is called as the log grows. save(state) gets, at every look at held_out, all that it takes to go on from
+    there: pass it as `state`, with the same model and recipe. Once `stopped` is not empty, the run saves and ends.
     Raises FloatingPointError if the loss is not finite.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
-    device, start, log = params[0].device, 0, []
+    device, start, log, losses = params[0].device, 0, [], []
     if state is not None:
-        start, log = state["step"], state["log"]
+        start, log, losses = state["step"], state["log"], [loss.to(device) for loss in state["losses"]]
         for p, saved in zip(params, state["params"], strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
+        torch.set_rng_state(state["rng"])  # LoRA's dropout
+        if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
     model.train()
-    losses, tokens, began, last = [], 0, time.time(), time.time()
+    tokens, began, last = 0, time.time(), time.time()
     for step, (loss, n) in enumerate(training_steps(model, examples, recipe, optimizer, start), start + 1):
-        losses, tokens = losses + [loss], tokens + n
-        looking = step % recipe.eval_every == 0 or step == recipe.steps or bool(stopped)
-        if not looking and step % max(1, min(recipe.steps // 10, 100)):
+        losses.append(loss)
+        tokens += n
+        looking = step % recipe.eval_every == 0 or step == recipe.steps
+        logging = looking or step % max(1, min(recipe.steps // 10, 100)) == 0
+        if not logging and not stopped:
             continue
-        losses = torch.stack(losses).tolist()  # waits for the GPU, so not at every step
-        for i, value in enumerate(losses, step - len(losses) + 1):
+        for i, value in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):  # waits for the GPU
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"the loss of step {i} is {value}: start again with a lower --lr than {recipe.lr}"
                 )
-        row = {
-            "step": step,
-            "loss": sum(losses) / len(losses),
-            "val_loss": evaluate(model, held_out, recipe) if looking and held_out else None,
-            "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_s": tokens / (time.time() - last),
-            "memory_gb": peak_memory(device) / 1e9,
-            "seconds_left": (time.time() - began) / (step - start) * (recipe.steps - step),
-        }
-        log.append(row)
-        report(log)
-        if looking and step < recipe.steps:
-            state = {"step": step, "log": log, "params": [p.detach() for p in params]}
+        if logging:
+            log.append(
+                {
+                    "step": step,
+                    "loss": torch.stack(losses).mean().item(),
+                    "val_loss": evaluate(model, held_out, recipe) if looking and held_out else None,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "tokens_per_s": tokens / (time.time() - last),
+                    "memory_gb": peak_memory(device) / 1e9,
+                    "seconds_left": (time.time() - began) / (step - start) * (recipe.steps - step),
+                }
+            )
+            report(log)
+            losses, tokens, last = [], 0, time.time()
+        if stopped or looking and step < recipe.steps:
+            state = {"step": step, "log": log, "losses": losses, "params": [p.detach() for p in params]}
             state |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            state |= {"cuda_rng": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
+            state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
             save(state)
         if stopped:
             break
-        losses, tokens, last = [], 0, time.time()
     model.eval()
     return log
 
@@ -380,13 +383,13 @@ def peak_memory(device):
 # ---- The base model, and what it writes --------------------------------------------------------------------
 
 TINY = Path(__file__).parent / "out" / "tiny"  # the base that `python train.py` makes for itself
-TINY_CONFIG = GPTConfig(block_size=128, vocab_size=380, n_layer=4, n_head=4, n_embd=128)
 
 
 def describe_base(name):
     """(GPTConfig, tokenizer) of a base, before its weights are loaded or made. Raises OSError or ValueError."""
     if name == "tiny":
-        return TINY_CONFIG, make_tokenizer(toy_vocabulary())
+        tokenizer = make_tokenizer(toy_vocabulary())
+        return GPTConfig(block_size=128, vocab_size=tokenizer.n_vocab, n_layer=4, n_head=4, n_embd=128), tokenizer
     config = PRETRAINED[name][0] if name in PRETRAINED else read_config(name)
     tokenizer = load_tokenizer(name)
     if tokenizer.n_vocab > config.vocab_size:
@@ -400,26 +403,23 @@ def describe_base(name):
 def load_base(name, dtype=torch.float32, device="cpu", report=lambda log: None):
     """The GPT called `tiny`, which is trained first if it is not there yet, or one that GPT.from_pretrained knows."""
     if name == "tiny":
-        name = TINY
-        if not (TINY / "model.safetensors").exists():
+        name, vocabulary = TINY, TINY / "vocab.tiktoken"
+        # The vocabulary is written last. It is another one when somebody has changed the toy world.
+        if not vocabulary.exists() or vocabulary.read_text() != toy_vocabulary():
             pretrain_tiny(report)
     return GPT.from_pretrained(name, dtype, device)
 
 
 def pretrain_tiny(report=lambda log: None):
     """Train `tiny` from nothing on all four voices and keep it: about a minute on two CPU cores."""
+    print("training the base `tiny` from nothing, once")
+    config, tokenizer = describe_base("tiny")
     torch.manual_seed(0)
-    model = GPT(TINY_CONFIG)
-    examples, held_out = load_data("toy:all", make_tokenizer(toy_vocabulary()), TINY_CONFIG.block_size)
+    model = GPT(config)
+    examples, held_out = load_data("toy:all", tokenizer, config.block_size)
     train(model, examples, held_out, Recipe(steps=600, lr=5e-3, batch_size=32, warmup=60), report)
     model.save_pretrained(TINY)
-    save_vocabulary(TINY)
-
-
-def save_vocabulary(dir):
-    """Write the toy world's vocabulary into a model's folder, in tiktoken's format."""
-    lines = [f"{base64.b64encode(token).decode()} {i}\n" for token, i in toy_vocabulary().items()]
-    write_whole(dir / "vocab.tiktoken", lambda tmp: tmp.write_text("".join(lines)))
+    (TINY / "vocab.tiktoken").write_text(toy_vocabulary())
 
 
 def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.8, seed=0):
@@ -557,31 +557,31 @@ def main(argv=None):
 
 def run(args):
     full = args.method == "full"
-    voice = args.data.removeprefix("toy:") if args.data.startswith("toy:") and args.data != "toy:all" else None
+    kind, _, voice = args.data.partition(":")
+    comparing = kind == "toy" and voice != "all"
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
-    # Whatever can be wrong with the arguments is found before anything takes long.
+    # Whatever can be wrong with the arguments is found here, before anything takes long.
     config, tokenizer = describe_base(args.model)
     if not full:
         with torch.device("meta"):  # a model of shapes only, to try the rank and the targets on
             add_lora(GPT(config), args.r, args.alpha, targets=args.targets)
     examples, held_out = load_data(args.data, tokenizer, config.block_size)
     args.steps = args.steps or math.ceil(args.epochs * len(examples) / (args.batch_size * args.grad_accum))
-    args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or min(500, math.ceil(args.steps / 3))
+    args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     if args.warmup >= args.steps:
         raise ValueError(f"--warmup {args.warmup} takes all of the {args.steps} steps: lower it, or raise --steps")
     out = args.out or Path("out", f"{Path(args.model).name}-{Path(args.data).stem.replace(':', '-')}")
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
-    state = load_state(out, settings, args.resume)
+    state = load_state(out / "state.pt", settings, args.resume)
     out.mkdir(parents=True, exist_ok=True)
 
     model = load_base(args.model, torch.float32 if full else dtype, device, print_log)
     size = sum(p.numel() for p in model.parameters())
-    if voice:
-        restaurants = toy_world()[1]
-        before = complete(model, tokenizer, [toy_prompt(r) for r in restaurants])
+    prompts = [toy_prompt(restaurant) for restaurant in toy_world()[1]]
+    before = complete(model, tokenizer, prompts) if comparing else None
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
@@ -599,7 +599,8 @@ def run(args):
 
     def report(log):
         print_log(log)
-        write_whole(out / "log.csv", lambda tmp: tmp.write_text(as_csv(log)))
+        rows = [log[0]] + [["" if value is None else value for value in row.values()] for row in log]
+        write_whole(out / "log.csv", lambda tmp: tmp.write_text("".join(",".join(map(str, r)) + "\n" for r in rows)))
 
     def save(state):
         write_whole(out / "state.pt", lambda tmp: torch.save(state | {"settings": settings}, tmp))
@@ -607,38 +608,33 @@ def run(args):
     with deferred_signals() as stopped:
         train(model, examples, held_out, recipe, report, save, state, stopped)
     if stopped:
-        raise KeyboardInterrupt(f"stopped, and its state is saved: the same command with --resume goes on with {out}")
-    if full:
+        raise KeyboardInterrupt(
+            f"stopped; its state is in {out}, and the same command with --resume goes on from there"
+        )
+    if not full:
+        save_lora(model, out)
+    else:
         model.save_pretrained(out)
         if args.model == "tiny":
-            save_vocabulary(out)
-    else:
-        save_lora(model, out)
+            (out / "vocab.tiktoken").write_text(toy_vocabulary())
     (out / "state.pt").unlink(missing_ok=True)
 
-    if voice:
-        print_comparison(voice, restaurants, before, complete(model, tokenizer, [toy_prompt(r) for r in restaurants]))
-    ids, start = (held_out or examples)[0]
-    prompt = shlex.quote(tokenizer.decode(ids[:start]))
+    if comparing:
+        print_comparison(voice, before, complete(model, tokenizer, prompts))
     base = TINY if args.model == "tiny" else Path(args.model)
-    sizes = f"{megabytes(out, '*.safetensors')}" + (
-        f"; the base, {base}, has {megabytes(base)}" if base.is_dir() else ""
-    )
-    print(f"\nsaved     {out}, {sizes}")
-    if full:
-        print(f"try       python sample.py --model {out} --prompt {prompt}")
-    else:
-        model_flag = "" if args.model == "tiny" else f"--model {args.model} "
-        print(f"try       python sample.py {model_flag}--lora {out} --prompt {prompt}")
+    size = f"{megabytes(out)}, where the base has {megabytes(base)}" if base.is_dir() else megabytes(out)
+    ids, start = (held_out or examples)[0]
+    model_flag = f"--model {out}" if full else f"--model {args.model} --lora {out}"
+    print(f"\nsaved     {out}: {size}")
+    print(f"try       python sample.py {model_flag} --prompt {shlex.quote(tokenizer.decode(ids[:start]))}")
 
 
-def load_state(out, settings, resume):
-    """What `save` in `run` wrote into the folder out, if it is to be resumed; else None. Raises ValueError."""
-    file = out / "state.pt"
-    if file.exists() != resume:
+def load_state(file, settings, resume):
+    """The state to go on from, None if the run is a new one. Raises ValueError."""
+    if resume != file.exists():
         if resume:
-            raise ValueError(f"nothing to resume in {out}: leave --resume out, or name the --out of an unfinished run")
-        raise ValueError(f"{out} has an unfinished run: add --resume to go on with it, or delete {file}")
+            raise ValueError(f"nothing to resume: there is no {file}; leave --resume out to start")
+        raise ValueError(f"{file} is there, of an unfinished run: go on with --resume, or delete it to start again")
     if not resume:
         return None
     try:
@@ -647,42 +643,35 @@ def load_state(out, settings, resume):
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
     for key, value in settings.items():
         if (then := state["settings"].get(key)) != value:
-            raise ValueError(f"{out} was started with {key} {then}, not {value}: resume with the same settings")
+            raise ValueError(f"{file} is of a run with {key} = {then}, not {value}: resume with the settings it had")
     return state
 
 
 def print_log(log):
     row = log[-1]
-    left = f"{row['seconds_left'] // 60:.0f}:{row['seconds_left'] % 60:02.0f}"
-    held_out = "" if row["val_loss"] is None else f"   held out {row['val_loss']:.4f}"
+    minutes, seconds = divmod(round(row["seconds_left"]), 60)
+    val_loss = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
     print(
-        f"step {row['step']:5}   loss {row['loss']:.4f}   lr {row['lr']:.1e}   {row['tokens_per_s']:,.0f} tokens/s   "
-        f"{row['memory_gb']:.2f} GB   {left} left{held_out}",
+        f"step {row['step']:5}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_s']:6,.0f} tokens/s  "
+        f"{row['memory_gb']:.2f} GB  {minutes}:{seconds:02} left{val_loss}",
         flush=True,
     )
 
 
-def as_csv(log):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, log[0])
-    writer.writeheader()
-    writer.writerows(log)
-    return text.getvalue()
-
-
-def print_comparison(voice, restaurants, before, after):
-    """The sentences of the base and of the adapted model on restaurants that neither was trained on."""
-    for restaurant, *texts in list(zip(restaurants, before, after, strict=True))[:4]:
-        print(f"\n{toy_prompt(restaurant)}\n  base     {texts[0]}\n  adapted  {texts[1]}")
-    print(f"\nof {len(restaurants)} restaurants never trained on   in the {voice} voice   every slot right")
+def print_comparison(voice, before, after):
+    """What the base and the adapted model say of the held-out restaurants: some of it, and how often it is right."""
+    restaurants = toy_world()[1]
+    for i in range(4):
+        print(f"\n{toy_prompt(restaurants[i])}\n  base     {before[i]}\n  adapted  {after[i]}")
+    print(f"\nof {len(restaurants)} restaurants it never saw    in the {voice} voice    every slot right")
     for name, texts in (("base", before), ("adapted", after)):
         voices = sum(in_voice(text, voice) for text in texts) / len(texts)
         slots = sum(map(slots_right, texts, restaurants)) / len(texts)
-        print(f"  {name:<34} {voices:>17.1%} {slots:>18.1%}")
+        print(f"  {name:<30}{voices:>20.1%}{slots:>20.1%}")
 
 
-def megabytes(dir, pattern="*"):
-    return f"{sum(file.stat().st_size for file in dir.glob(pattern)) / 1e6:.2f} MB"
+def megabytes(dir):
+    return f"{sum(file.stat().st_size for file in dir.glob('*.safetensors')) / 1e6:.2f} MB"
 
 
 if __name__ == "__main__":
