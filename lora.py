@@ -192,7 +192,9 @@ def read_peft(dir):
                 mine = B_part.any(0) | ~B.any(0)  # a column that is zero here, but not elsewhere, is another part's
                 if r := int(mine.sum()):
                     yield f"{block}.{part}", A[mine], B_part[:, mine], alpha * r / len(A), dropout
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"no adapter in {dir}: {Path(e.filename).name} is missing") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no adapter in {dir}: it takes adapter_config.json, adapter_model.safetensors"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
-        raise ValueError(f"cannot use the adapter in {dir}: {e}") from None
+        raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

@@ -58,6 +58,8 @@ def main(argv=None):
 
 
 def run(args):
+    if args.merge and not args.lora:
+        raise ValueError("--merge: there is nothing to merge without --lora")
     device = pick_device(args.device)
     config, tokenizer = describe_base(args.model)
     ids = tokenizer.encode(args.prompt, allowed_special={END}) or [tokenizer.eot_token]

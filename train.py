@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -576,9 +577,12 @@ def run(args):
     out = args.out or Path("out", f"{Path(args.model).name}-{Path(args.data).stem.replace(':', '-')}")
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
     state = load_state(out / "state.pt", settings, args.resume)
-    out.mkdir(parents=True, exist_ok=True)
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else dtype, device, print_log)
+    out.mkdir(parents=True, exist_ok=True)
     size = sum(p.numel() for p in model.parameters())
     prompts = [toy_prompt(restaurant) for restaurant in toy_world()[1]]
     before = complete(model, tokenizer, prompts) if comparing else None
