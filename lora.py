@@ -193,8 +193,6 @@ def read_peft(dir):
                 if r := int(mine.sum()):
                     yield f"{block}.{part}", A[mine], B_part[:, mine], alpha * r / len(A), dropout
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no adapter in {dir}: it takes adapter_config.json, adapter_model.safetensors"
-        ) from None
+        raise FileNotFoundError(f"no adapter: {dir} lacks adapter_config.json or adapter_model.safetensors") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

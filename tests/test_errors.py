@@ -177,9 +177,9 @@ def test_a_gpu_that_is_not_there(command, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        train.main(f"--model {files}/nan --steps 4 --batch-size 2 --out {tmp_path}/out".split())
+        train.main(f"--model {files}/nan --data {files}/good.jsonl --steps 4 --out {tmp_path}/out".split())
     assert e.value.code == 2
     assert (
         capsys.readouterr().err
-        == "train.py: error: the loss of step 1 is nan: start again with a lower --lr than 0.005\n"
+        == "train.py: error: the loss of step 1 is nan: start again with a lower --lr than 0.0002\n"
     )
