@@ -11,6 +11,7 @@ In the comments on shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
 import base64
+import http.client
 import json
 import os
 from dataclasses import dataclass
@@ -90,11 +91,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tokens; its transpose is the output head
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
+        V, T, C = config.vocab_size, config.block_size, config.n_embd
+        # Given a _weight, nn.Embedding leaves its initialisation to us.
+        self.wte = nn.Embedding(V, C, _weight=torch.empty(V, C))  # tokens; its transpose is the output head
+        self.wpe = nn.Embedding(T, C, _weight=torch.empty(T, C))  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():  # initialised as GPT-2 was
+            if p.is_meta:  # a shape without values: touching it would make torch import 70 MB of itself
+                continue
             if p.ndim == 2:  # c_proj adds to the residual stream, 2 n_layer times: scaled down to keep its size
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
@@ -130,7 +135,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x)
         keep = targets != -100
-        return ChunkedCrossEntropy.apply(x[keep], self.wte.weight, targets[keep], label_smoothing)
+        # A Function would compute the gradient of a weight that asks for one even where gradients are off.
+        weight = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()
+        return ChunkedCrossEntropy.apply(x[keep], weight, targets[keep], label_smoothing)
 
     def new_cache(self, B, T):
         """An empty cache for the keys and values of B sequences of up to T tokens."""
@@ -210,7 +217,10 @@ class GPT(nn.Module):
             "bos_token_id": config.vocab_size - 1,
             "eos_token_id": config.vocab_size - 1,
         }
-        tensors = {"transformer." + name: w.contiguous() for name, w in in_gpt2_layout(weights, config).items()}
+        parts = {}
+        for name, w in weights.items():
+            parts.setdefault("transformer." + stored_as(name, config)[0], []).append(w.T if is_transposed(name) else w)
+        tensors = {name: torch.cat(part, dim=-1).contiguous() for name, part in parts.items()}
         Path(dir).mkdir(parents=True, exist_ok=True)
         write_whole(Path(dir) / "config.json", lambda tmp: tmp.write_text(json.dumps(settings, indent=2)))
         write_whole(Path(dir) / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
@@ -312,14 +322,6 @@ def is_transposed(name):
     return ".c_" in name and name.endswith("weight")
 
 
-def in_gpt2_layout(weights, config):
-    """Our state dict as GPT-2's files have it."""
-    parts = {}
-    for name, w in weights.items():
-        parts.setdefault(stored_as(name, config)[0], []).append(w.T if is_transposed(name) else w)
-    return {name: torch.cat(ws, dim=-1) if len(ws) > 1 else ws[0] for name, ws in parts.items()}
-
-
 def read_config(dir):
     """The GPTConfig in the folder dir. Raises FileNotFoundError, or ValueError if it is not a GPT-2's."""
     file = Path(dir) / "config.json"
@@ -359,13 +361,18 @@ def check_weights(file, config):
             if len(found) < config.n_layer:
                 raise ValueError(f"{file} holds {len(found)} tensors, too few for n_layer = {config.n_layer}")
             with torch.device("meta"):
-                expected = in_gpt2_layout(GPT(config).state_dict(), config)
-            for name, w in expected.items():
+                weights = GPT(config).state_dict()
+            expected = {}
+            for name, w in weights.items():
+                stored, _ = stored_as(name, config)
+                shape = list(w.T.shape if is_transposed(name) else w.shape)
+                expected[stored] = [*shape[:-1], 3 * shape[-1]] if "c_attn" in stored else shape
+            for name, wanted in expected.items():
                 if (name := prefix + name) not in found:
                     raise ValueError(f"{file} has no tensor {name}: it is not the GPT-2 that its config.json describes")
                 shape, kind = found[name].get_shape(), found[name].get_dtype()
-                if shape != list(w.shape):
-                    raise ValueError(f"{file}: {name} is {shape}, but its config.json asks for {list(w.shape)}")
+                if shape != wanted:
+                    raise ValueError(f"{file}: {name} is {shape}, but its config.json asks for {wanted}")
                 if kind not in ("F32", "F16", "BF16"):
                     raise ValueError(f"{file}: {name} holds {kind}, but weights are F32, F16 or BF16")
             for name in found.keys() - {prefix + name for name in expected}:
@@ -405,15 +412,19 @@ def download(url, file, sha256=None, check=lambda tmp: None):
     """
 
     def fetch(tmp):
-        torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
+        try:
+            torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
+        except RuntimeError as e:  # the hash is another one
+            raise ValueError(e) from None
         check(tmp)
 
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, fetch)
-        except (OSError, RuntimeError, ValueError) as e:  # RuntimeError: the hash is another one
-            raise OSError(f"cannot download {url} ({e}): try again, or put the file at {file} by hand") from None
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            why = " ".join(str(e).split())
+            raise OSError(f"cannot download {url} ({why}): try again, or put the file at {file} by hand") from None
     return file
 
 
@@ -423,6 +434,8 @@ def write_whole(path, write):
     try:
         write(tmp)
         os.replace(tmp, path)
+    except (RuntimeError, SafetensorError) as e:  # how torch and safetensors say that a disk is full
+        raise OSError(f"cannot write {path} ({e}): make room, or choose another folder") from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -458,4 +471,6 @@ def make_tokenizer(vocabulary):
     """
     lines = [line.split() for line in vocabulary.splitlines()]
     ranks = {base64.b64decode(token): int(i) for token, i in lines}
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError("the ids are not 0, 1, 2, ..., or one of the 256 bytes has none")
     return tiktoken.Encoding("own", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: len(ranks)})

@@ -101,7 +101,7 @@ def unmerge_lora(model):
         raise ValueError("nothing to unmerge: the model is not merged")
     for name, (layer, W0) in model.unmerged.items():
         layer.to(layer.linear.weight.device).train(layer.linear.training)  # the model may have moved since
-        layer.linear.weight = nn.Parameter(W0.to(layer.lora_A.device), requires_grad=False)
+        layer.linear.weight = nn.Parameter(W0.to(layer.linear.weight), requires_grad=False)
         model.set_submodule(name, layer)
     del model.unmerged
 
@@ -122,12 +122,12 @@ def save_lora(model, dir):
         block, _, part = name.rpartition(".")
         fused.setdefault(f"transformer.{block}.c_attn" if part in QKV else f"transformer.{name}", {})[part] = layer
     for name, parts in fused.items():
-        A = torch.cat([layer.lora_A for layer in parts.values()])
+        A, layer = torch.cat([layer.lora_A for layer in parts.values()]), [*parts.values()][0]
         blank = A.new_zeros(A.shape[1], 0)  # rows of zeros, for a part that is not adapted
         B = [parts[part].lora_B if part in parts else blank for part in (QKV if "c_attn" in name else parts)]
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.block_diag(*B).detach()
-        r[name], alpha[name] = len(A), len(A) * [*parts.values()][0].scaling
+        r[name], alpha[name] = len(A), len(A) * layer.alpha / layer.r
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -140,35 +140,32 @@ def save_lora(model, dir):
         "fan_in_fan_out": True,  # transformers keeps the weights of GPT-2's linear layers transposed
     }
     Path(dir).mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        ("adapter_model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})),
-        ("adapter_config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2))),
-    ):
-        write(tmp := Path(dir, f"{name}.tmp"))
-        tmp.replace(Path(dir, name))  # whole, or not there
+    save_file(tensors, Path(dir, "adapter_model.safetensors.tmp"), metadata={"format": "pt"})
+    Path(dir, "adapter_config.json.tmp").write_text(json.dumps(config, indent=2))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):  # both are whole: now they may be seen
+        Path(dir, f"{name}.tmp").replace(Path(dir, name))
 
 
 def load_lora(model, path):
-    """Put the adapter in the folder path, ours or PEFT's, on the model, in the place of any that it has.
-
-    Raises OSError, or ValueError if the adapter is damaged, for another base, or asks for what is not built here.
-    """
-    modules, new = dict(model.named_modules()), {}
-    for name, A, B, alpha, dropout in read_peft(Path(path)):
+    """Put the adapter in the folder path, ours or PEFT's, on the model: it takes the place of any other."""
+    modules, adapter, new = dict(model.named_modules()), list(read_peft(Path(path))), {}
+    for name, A, B, _, _ in adapter:  # check all before changing any
         linear = getattr(modules.get(name), "linear", modules.get(name))
         shape, wanted = (len(B), A.shape[1]), tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else "missing"
         if shape != wanted:
             raise ValueError(f"{path} is for another base: its {name} is {shape}, the model's is {wanted}")
-        new[name] = LoRALinear(linear, len(A), alpha, dropout)
+    for name, A, B, alpha, dropout in adapter:
+        new[name] = LoRALinear(getattr(modules[name], "linear", modules[name]), len(A), alpha, dropout)
         new[name].lora_A.data.copy_(A)
         new[name].lora_B.data.copy_(B)
     swap(model, new)
 
 
 # What PEFT's config may say without changing what the adapter computes. Anything else that is set is refused.
-KNOWN = """r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules layers_to_transform fan_in_fan_out
-    peft_type task_type base_model_name_or_path revision auto_mapping inference_mode peft_version megatron_core
-    qalora_group_size""".split()
+KNOWN = """r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
+    layers_pattern fan_in_fan_out task_type base_model_name_or_path revision auto_mapping inference_mode
+    peft_version megatron_core qalora_group_size""".split()
+HARMLESS = (None, False, {}, [], "none", "LORA", "gaussian")
 
 
 def read_peft(dir):
@@ -176,23 +173,25 @@ def read_peft(dir):
     try:
         config = json.loads(Path(dir, "adapter_config.json").read_bytes())
         dropout = float(config.get("lora_dropout", 0.0))
+        patterns = config.get("alpha_pattern", {})
         tensors = load_file(Path(dir, "adapter_model.safetensors"))
         for key, value in config.items():
-            if key not in KNOWN and value not in (None, False, {}, [], "none", "gaussian", key == "init_lora_weights"):
+            if key not in KNOWN and value not in HARMLESS and (key, value) != ("init_lora_weights", True):
                 raise ValueError(f"it asks for {key} = {value!r}, which is not built here")
-        for key in {key.replace("lora_B", "lora_A") for key in tensors}:
+        if not all(re.fullmatch(r"[\w.]+", end) for end in patterns):
+            raise ValueError(f"its alpha_pattern {patterns} has regular expressions, which are not built here")
+        for key in {key.replace("lora_B", "lora_A") for key in tensors} or {"(there is none)"}:
             A, B = tensors.get(key), tensors.get(key.replace("lora_A", "lora_B"))
             name = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
             if not name or A is None or B is None or A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
                 raise ValueError(f"its tensor {key} is not, or does not fit, an A and a B")
-            patterns = [a for end, a in config.get("alpha_pattern", {}).items() if f".{name[1]}".endswith(f".{end}")]
-            alpha = float((patterns or [config["lora_alpha"]])[0])
+            alpha = [a for end, a in patterns.items() if f".{name[1]}".endswith("." + end)] or [config["lora_alpha"]]
             block, _, last = name[1].removeprefix("transformer.").rpartition(".")
             for part, B_part in zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]:
                 mine = B_part.any(0) | ~B.any(0)  # a column that is zero here, but not elsewhere, is another part's
                 if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha * r / len(A), dropout
+                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout
     except FileNotFoundError:
         raise FileNotFoundError(f"no adapter: {dir} lacks adapter_config.json or adapter_model.safetensors") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

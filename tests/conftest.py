@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs only with --slow")
+    for library in ("transformers", "peft"):  # what they say to their own developers
+        config.addinivalue_line("filterwarnings", f"ignore:::{library}")
 
 
 def make_gpt2(dir=None, seed=0, **sizes):

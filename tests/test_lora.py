@@ -311,7 +311,6 @@ PEFT_CONFIGS = {
     "regular expression": dict(target_modules=r".*h\.1\.(attn|mlp)\.c_.*"),
     "ranks": dict(target_modules=["c_attn", "c_proj"], rank_pattern={"attn.c_proj": 2, "h.1.attn.c_attn": 7}),
     "alphas": dict(target_modules=["c_attn", "c_fc"], alpha_pattern={"h.0.mlp.c_fc": 3, "c_attn": 50}),
-    "regular alphas": dict(target_modules=["c_attn"], alpha_pattern={r"h\.0\..*": 64, "h.[^0].*": 4}),
     "two alphas": dict(target_modules=["c_attn"], alpha_pattern={"c_attn": 50, "0.attn.c_attn": 5}),  # PEFT sorts them
 }
 

@@ -1,0 +1,336 @@
+"""The commands as a user runs them, the data, and runs that are interrupted."""
+
+import json
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import make_gpt2
+from safetensors.torch import load_file
+
+import train
+from gpt import GPT, load_tokenizer, make_tokenizer
+from lora import add_lora, lora_layers, save_lora
+
+TOP = Path(train.__file__).parent
+
+
+def run(folder, line, **options):
+    """Start a command in a folder; its output and errors are read from the process."""
+    command = [sys.executable, *shlex.split(line)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def output(folder, line, **options):
+    process = run(folder, line, **options)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+# ---- The first run: nothing but the four files -------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory):
+    """(folder, what `python train.py` prints) of a fresh copy of the four files."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("gpt.py", "lora.py", "train.py", "sample.py"):
+        shutil.copy(TOP / name, folder)
+    return folder, output(folder, "train.py")
+
+
+def test_first_run_teaches_the_voice(first_run):
+    _, out = first_run
+    figures = [list(map(float, re.findall(r"([\d.]+)%", line))) for line in out.splitlines()]
+    (base_voice, base_slots), (voice, slots) = [pair for pair in figures if len(pair) == 2]
+    assert base_voice <= 45 and base_slots >= 95 and voice >= 95 and slots >= 95
+    assert int(re.search(r"of (\d+) restaurants it never saw", out)[1]) >= 128
+    assert int(re.search(r": ([\d,]+) parameters, 0\.95% of", out)[1].replace(",", "")) == 8192
+    assert len(re.findall(r"^  base     .+\n  adapted  .+$", out, re.MULTILINE)) == 4
+
+
+def test_next_run_finds_the_base_and_other_folders_keep_theirs(first_run):
+    folder, out = first_run
+    assert "training the base" in out
+    assert "training the base" not in output(folder, "train.py --steps 2 --out out/short")
+    assert (folder / "out/short/log.csv").read_text().splitlines()[0].startswith("step,loss,val_loss,lr")
+
+
+def test_printed_command_writes_in_the_voice_and_merging_changes_nothing(first_run):
+    folder, out = first_run
+    line = re.search(r"python (sample\.py .+)", out)[1]
+    text = output(folder, line)
+    assert train.in_voice(text.partition("<|endoftext|>")[2], "pirate")
+    assert output(folder, line + " --merge") == text
+    assert output(folder, line.replace("--lora out/tiny-toy-pirate", "")) != text or "--seed" not in line
+
+
+def test_sampling_streams(first_run):
+    folder, out = first_run
+    process = run(folder, re.search(r"python (sample\.py .+)", out)[1])
+    assert process.stdout.read(4) == "name"
+    process.communicate()
+
+
+def test_full_training_saves_a_model_that_samples(first_run):
+    folder, _ = first_run
+    out = output(folder, "train.py --method full --data toy:text --steps 3 --out out/full")
+    line = re.search(r"python (sample\.py .+)", out)[1]
+    assert "--lora" not in line and output(folder, line).startswith("name : ")
+
+
+# ---- The toy world -----------------------------------------------------------------------------------------
+
+
+def test_held_out_restaurants_are_never_trained_on():
+    tokenizer = make_tokenizer(train.toy_vocabulary())
+    for name in ("toy:all", "toy:pirate"):
+        seen, held_out = (
+            {tokenizer.decode(ids[:start]) for ids, start in part} for part in train.load_data(name, tokenizer, 128)
+        )
+        assert len(held_out) == 256 and not seen & held_out
+
+
+@pytest.mark.parametrize("voice", train.VOICES)
+def test_judges_of_the_toy(voice):
+    restaurants, _ = train.toy_world()
+    for restaurant, (prompt, text) in zip(restaurants, train.toy_pairs(restaurants, [voice]), strict=True):
+        assert prompt == train.toy_prompt(restaurant)
+        assert [v for v in train.VOICES if train.in_voice(text, v)] == [voice]
+        assert train.slots_right(text, restaurant)
+        for slot, value in restaurant.items():
+            other = next(v for v in train.SLOTS[slot] if v != value)
+            assert not train.slots_right(text, restaurant | {slot: other})
+
+
+def test_toy_words_are_one_token_each_and_any_text_survives():
+    tokenizer = make_tokenizer(train.toy_vocabulary())
+    restaurants, _ = train.toy_world()
+    for prompt, completion in train.toy_pairs(restaurants[:50], train.VOICES):
+        for text in (prompt, " " + completion):
+            assert len(tokenizer.encode_ordinary(text)) == len(re.findall(r" ?\w+| ?[^\w\s]+", text))
+    assert tokenizer.decode(tokenizer.encode_ordinary("Zażółć\n\tgęślą!")) == "Zażółć\n\tgęślą!"
+
+
+# ---- Data sets ---------------------------------------------------------------------------------------------
+
+
+def test_e2e_is_the_papers(e2e_dir, vocabulary, tmp_path, monkeypatch):
+    (tmp_path / "lora-gpt2" / "e2e").mkdir(parents=True)
+    shutil.copy(e2e_dir / "valid.txt", tmp_path / "lora-gpt2" / "e2e" / "train.txt")  # stands in for the large file
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+    monkeypatch.setattr(train, "E2E", e2e_dir.as_uri() + "/")  # "downloads" valid.txt, whose hash is checked
+    examples, held_out = train.load_data("e2e", vocabulary, 1024)
+    assert len(examples) == len(held_out) == 4672
+    ids, start = examples[0]
+    assert vocabulary.decode(ids[: start - 1]) == "name : Alimentum | area : city centre | family friendly : no"
+    assert ids[start - 1] == ids[-1] == 50256
+    text = " There is a place in the city centre , Alimentum , that is not family - friendly ."
+    assert vocabulary.decode(ids[start:-1]) == text
+    idx, targets = train.collate(examples[:8], "cpu")
+    row = targets[0][targets[0] != -100]
+    assert vocabulary.decode(row.tolist()) == text + "<|endoftext|>"
+    assert idx[0, start - 1] == 50256 and targets[0, start - 1] == ids[start] and targets[0, start - 2] == -100
+
+
+def test_another_e2e_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "valid.txt").write_text("name : A||B\n")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "hub")
+    monkeypatch.setattr(train, "E2E", tmp_path.as_uri() + "/")
+    with pytest.raises(OSError, match="hash.*by hand"):
+        train.e2e_file("valid.txt")
+    assert not [file for file in (tmp_path / "hub").rglob("*") if file.is_file()]
+
+
+def test_plain_text_is_cut_into_blocks_that_miss_nothing(tmp_path):
+    tokenizer = make_tokenizer(train.toy_vocabulary())
+    text = "Arr, matey!\r\nBring yer café.\n" * 40
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    examples, held_out = train.load_data(str(tmp_path / "a.txt"), tokenizer, 16)
+    ids = examples[0][0][:1] + [i for block, _ in examples + held_out for i in block[1:]]
+    assert text.replace("\r", "").startswith(tokenizer.decode(ids)) and len(tokenizer.decode(ids)) > len(text) * 0.9
+    assert len(held_out) == len(examples + held_out) // 20 > 0
+
+
+def test_pairs_that_do_not_fit_are_left_out_and_counted(tmp_path, capsys):
+    tokenizer = make_tokenizer(train.toy_vocabulary())
+    pairs = [{"prompt": "The Mill", "completion": "Arr! " * n} for n in (1, 100, 2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    examples, held_out = train.load_data(str(tmp_path / "a.jsonl"), tokenizer, 64)
+    assert len(examples + held_out) == 2 and all(len(ids) <= 65 for ids, _ in examples + held_out)
+    assert "left out 1 of 3 examples" in capsys.readouterr().out
+
+
+# ---- The loop ----------------------------------------------------------------------------------------------
+
+
+def test_the_loop_is_pefts_training_step_for_step(tmp_path):
+    reference = make_gpt2(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base")
+    add_lora(model)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.01)
+    save_lora(model, tmp_path / "adapter")
+    reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
+    examples = [(torch.randint(97, (n,)).tolist(), 3) for n in torch.randint(5, 30, (40,)).tolist()]
+    recipe = train.Recipe(steps=6, lr=1e-2, batch_size=8, warmup=2, weight_decay=0.0)
+    ours = [loss.item() for loss, _ in train.training_steps(model, examples, recipe, adamw(model, recipe))]
+
+    theirs, optimizer = [], adamw(reference, recipe)
+    order = train.shuffled(40, seed=0, skip=0)
+    for factor in (1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4):
+        idx, targets = train.collate([examples[next(order)] for _ in range(8)], "cpu")
+        logits = reference(idx).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        for name, p in reference.named_parameters():  # the zeros of B are not ours to train
+            if "lora_B" in name:
+                p.grad *= p != 0
+        optimizer.param_groups[0]["lr"] = factor * recipe.lr
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(loss.item())
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert ours[-1] != pytest.approx(ours[0], abs=1e-3)
+
+
+def adamw(model, recipe):
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    make_gpt2(tmp_path)
+    examples = [(torch.randint(97, (12,)).tolist(), 3) for _ in range(40)]
+    losses = []
+    for batch_size, grad_accum in ((8, 1), (2, 4)):
+        recipe = train.Recipe(steps=5, lr=1e-2, batch_size=batch_size, grad_accum=grad_accum)
+        model = GPT.from_pretrained(tmp_path)
+        losses.append([row["loss"] for row in train.train(model, examples, [], recipe)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_every_epoch_shows_each_example_once_and_going_on_skips_none():
+    order = train.shuffled(10, seed=1, skip=0)
+    indices = [next(order) for _ in range(40)]
+    assert [sorted(indices[i : i + 10]) for i in (0, 10, 20, 30)] == [list(range(10))] * 4
+    assert indices[:10] != indices[10:20]
+    later = train.shuffled(10, seed=1, skip=17)
+    assert [next(later) for _ in range(23)] == indices[17:]
+
+
+# ---- Interrupted runs --------------------------------------------------------------------------------------
+
+# Two settings with randomness in every step: LoRA's dropout, and a state that takes long to write.
+RUNS = {
+    "lora": "--steps 40 --batch-size 4 --lora-dropout 0.2 --eval-every 7",
+    "full": "--steps 40 --batch-size 4 --method full --lr 1e-3 --eval-every 1",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_gpt2(folder / "model", n_embd=64, vocab_size=380, n_positions=128)
+    (folder / "model" / "vocab.tiktoken").write_text(train.toy_vocabulary())
+    pairs = train.toy_pairs(train.toy_world()[0][:60], ["text"])
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def command(kind, out, *flags):
+    return f"{TOP / 'train.py'} --model model --data data.jsonl --device cpu --out {out} {RUNS[kind]} {' '.join(flags)}"
+
+
+def results(base, out):
+    """The weights and the losses that a run has left."""
+    file = next((base / out).glob("*.safetensors"))
+    losses = [line.split(",")[:3] for line in (base / out / "log.csv").read_text().splitlines()]
+    assert not (base / out / "state.pt").exists()
+    return {name: w.numpy().tobytes() for name, w in load_file(file).items()}, losses
+
+
+def follow(process):
+    """The steps that a run reports, as it reports them."""
+    for line in process.stdout:
+        if line.startswith("step"):
+            yield int(line.split()[1])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_bit_for_bit(base, stop):
+    output(base, command("lora", "whole"))
+    process = run(base, command("lora", f"parts{stop}"))
+    next(step for step in follow(process) if step >= 8)
+    process.send_signal(stop)
+    assert "--resume" in process.stderr.read() and process.wait() == 130
+    assert (base / f"parts{stop}" / "state.pt").exists()
+    output(base, command("lora", f"parts{stop}", "--resume"))
+    assert results(base, f"parts{stop}") == results(base, "whole")
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_at_most_the_step_under_way(base):
+    output(base, command("full", "unkilled"))
+    pause, state = random.Random(0), base / "killed" / "state.pt"
+    for _ in range(20):
+        process = run(base, command("full", "killed", *(["--resume"] if state.exists() else [])))
+        steps = follow(process)
+        last = next(steps)
+        time.sleep(pause.uniform(0, 0.05))
+        process.kill()
+        last = max([last, *steps])
+        if state.exists():  # the kill may come before the very first state is whole
+            assert torch.load(state, weights_only=True)["step"] in (last, last - 1)
+    output(base, command("full", "killed", "--resume"))
+    assert results(base, "killed") == results(base, "unkilled")
+
+
+def test_other_settings_are_refused_and_named(base):
+    process = run(base, command("lora", "other"))
+    next(step for step in follow(process) if step >= 8)
+    process.terminate()
+    process.communicate()
+    for flags, culprit in (("--resume --lr 1", "lr"), ("--resume --seed 5", "seed"), ("", "--resume")):
+        process = run(base, command("lora", "other", flags))
+        _, err = process.communicate()
+        assert process.returncode == 2 and culprit in err and err.count("\n") == 1, err
+    assert (base / "other" / "state.pt").exists()
+
+
+def test_a_full_disk_leaves_the_last_state(base):
+    process = run(base, command("full", "disk"))
+    next(step for step in follow(process) if step >= 4)
+    process.terminate()
+    process.communicate()
+    before = (base / "disk" / "state.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)  # noqa: E731
+    process = run(base, command("full", "disk", "--resume"), preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
+    assert (base / "disk" / "state.pt").read_bytes() == before
+    assert sorted(file.name for file in (base / "disk").iterdir()) == ["log.csv", "state.pt"]
+
+
+def test_a_damaged_state_is_refused(base):
+    (base / "damaged").mkdir()
+    (base / "damaged" / "state.pt").write_bytes(b"PK\x03\x04 not a state")
+    process = run(base, command("lora", "damaged", "--resume"))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "state.pt is damaged" in err and err.count("\n") == 1
+
+
+def test_own_vocabulary_is_kept(base):
+    assert load_tokenizer(base / "model").n_vocab == 380
