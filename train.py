@@ -332,13 +332,14 @@ def train(model, examples, held_out, recipe, report=lambda log: None, save=lambd
                     f"the loss of step {i} is {value}: start again with a lower --lr than {recipe.lr}"
                 )
         if logging:
+            tokens_per_s = tokens / (time.time() - last)
             log.append(
                 {
                     "step": step,
                     "loss": torch.stack(losses).mean().item(),
                     "val_loss": evaluate(model, held_out, recipe) if looking and held_out else None,
                     "lr": optimizer.param_groups[0]["lr"],
-                    "tokens_per_s": tokens / (time.time() - last),
+                    "tokens_per_s": tokens_per_s,
                     "memory_gb": peak_memory(device) / 1e9,
                     "seconds_left": (time.time() - began) / (step - start) * (recipe.steps - step),
                 }
@@ -423,7 +424,7 @@ def pretrain_tiny(report=lambda log: None):
     (TINY / "vocab.tiktoken").write_text(toy_vocabulary())
 
 
-def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.8, seed=0):
+def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed=0):
     """What the model writes after each `prompt <|endoftext|>`, up to its own <|endoftext|>: a list of texts."""
     device, texts = next(model.parameters()).device, {}
     generator = torch.Generator(device).manual_seed(seed)
@@ -446,9 +447,9 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.8, seed
 
 # What depends on the data. For e2e these are the paper's (its table 11).
 DEFAULTS = {
-    "toy": dict(steps=150, batch_size=32, lr=5e-3, label_smoothing=0.0, lora_dropout=0.0),
-    "e2e": dict(epochs=5, batch_size=8, lr=2e-4, label_smoothing=0.1, lora_dropout=0.1),
-    "file": dict(epochs=3, batch_size=8, lr=2e-4, label_smoothing=0.0, lora_dropout=0.0),
+    "toy": dict(steps=200, batch_size=32, lr=5e-3, label_smoothing=0.0, lora_dropout=0.0, eval_every=50),
+    "e2e": dict(epochs=5, batch_size=8, lr=2e-4, label_smoothing=0.1, lora_dropout=0.1, eval_every=500),
+    "file": dict(epochs=3, batch_size=8, lr=2e-4, label_smoothing=0.0, lora_dropout=0.0, eval_every=500),
 }
 
 
@@ -570,7 +571,6 @@ def run(args):
             add_lora(GPT(config), args.r, args.alpha, targets=args.targets)
     examples, held_out = load_data(args.data, tokenizer, config.block_size)
     args.steps = args.steps or math.ceil(args.epochs * len(examples) / (args.batch_size * args.grad_accum))
-    args.eval_every = args.eval_every or min(500, math.ceil(args.steps / 3))
     args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     if args.warmup >= args.steps:
         raise ValueError(f"--warmup {args.warmup} takes all of the {args.steps} steps: lower it, or raise --steps")
@@ -665,7 +665,7 @@ def print_log(log):
 def print_comparison(voice, before, after):
     """What the base and the adapted model say of the held-out restaurants: some of it, and how often it is right."""
     restaurants = toy_world()[1]
-    for i in range(4):
+    for i in range(0, len(restaurants), len(restaurants) // 4):
         print(f"\n{toy_prompt(restaurants[i])}\n  base     {before[i]}\n  adapted  {after[i]}")
     print(f"\nof {len(restaurants)} restaurants it never saw    in the {voice} voice    every slot right")
     for name, texts in (("base", before), ("adapted", after)):
