@@ -585,7 +585,7 @@ def run(args):
     out.mkdir(parents=True, exist_ok=True)
     size = sum(p.numel() for p in model.parameters())
     prompts = [toy_prompt(restaurant) for restaurant in toy_world()[1]]
-    before = complete(model, tokenizer, prompts) if comparing else None
+    before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
@@ -665,7 +665,7 @@ def print_log(log):
 def print_comparison(voice, before, after):
     """What the base and the adapted model say of the held-out restaurants: some of it, and how often it is right."""
     restaurants = toy_world()[1]
-    for i in range(0, len(restaurants), len(restaurants) // 4):
+    for i in range(4):
         print(f"\n{toy_prompt(restaurants[i])}\n  base     {before[i]}\n  adapted  {after[i]}")
     print(f"\nof {len(restaurants)} restaurants it never saw    in the {voice} voice    every slot right")
     for name, texts in (("base", before), ("adapted", after)):
