@@ -429,8 +429,8 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
     device, texts = next(model.parameters()).device, {}
     generator = torch.Generator(device).manual_seed(seed)
     encoded = {prompt: tokenizer.encode_ordinary(prompt) + [tokenizer.eot_token] for prompt in prompts}
-    for _, group in itertools.groupby(sorted(encoded, key=lambda p: len(encoded[p])), key=lambda p: len(encoded[p])):
-        group = list(group)  # prompts of one length make a batch without padding
+    for length in sorted({len(ids) for ids in encoded.values()}):  # prompts of one length need no padding
+        group = [prompt for prompt, ids in encoded.items() if len(ids) == length]
         idx = torch.tensor([encoded[prompt] for prompt in group], device=device)
         ended, columns = torch.zeros(len(group), dtype=torch.bool, device=device), []
         for tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
@@ -574,7 +574,8 @@ def run(args):
     args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     if args.warmup >= args.steps:
         raise ValueError(f"--warmup {args.warmup} takes all of the {args.steps} steps: lower it, or raise --steps")
-    out = args.out or Path("out", f"{Path(args.model).name}-{Path(args.data).stem.replace(':', '-')}")
+    name = f"{Path(args.model).name}-{Path(args.data).stem.replace(':', '-')}"
+    out = args.out or Path("out", name + "-full" * full)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
     state = load_state(out / "state.pt", settings, args.resume)
     parent = next(folder for folder in (out, *out.parents) if folder.exists())
