@@ -624,6 +624,8 @@ def run(args):
             (out / "vocab.tiktoken").write_text(toy_vocabulary())
     (out / "state.pt").unlink(missing_ok=True)
 
+    if args.compile:  # not for writing: each new token has other shapes
+        torch.compiler.set_stance("force_eager")
     if comparing:
         print_comparison(voice, before, complete(model, tokenizer, prompts))
     base = TINY if args.model == "tiny" else Path(args.model)
