@@ -468,7 +468,7 @@ def one_line_errors(parser):
     except KeyboardInterrupt as e:
         parser.exit(130, f"\n{parser.prog}: {e if e.args else 'stopped'}\n")
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: lower --batch-size and raise --grad-accum, or take a smaller --model")
+        parser.error("the GPU's memory is full: lower --batch-size, or take a smaller --model")
     except (OSError, ValueError, FloatingPointError, SafetensorError) as e:
         parser.error(str(e))
 

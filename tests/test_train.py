@@ -57,7 +57,7 @@ def test_first_run_teaches_the_voice(first_run):
     assert base_voice <= 45 and base_slots >= 95 and voice >= 95 and slots >= 95
     assert int(re.search(r"of (\d+) restaurants it never saw", out)[1]) >= 128
     assert int(re.search(r": ([\d,]+) parameters, 0\.95% of", out)[1].replace(",", "")) == 8192
-    assert len(re.findall(r"^  base     .+\n  adapted  .+$", out, re.MULTILINE)) == 4
+    assert len(re.findall(r"^  base     \S.*\n  adapted  \S.*$", out, re.MULTILINE)) == 4
 
 
 def test_next_run_finds_the_base_and_other_folders_keep_theirs(first_run):
