@@ -1,0 +1,76 @@
+"""The notebooks: saved as they ran, and, with --slow, run again from top to bottom in a fresh kernel."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(output):
+    return output.get("text", "") or "".join(output.get("data", {}).get("text/plain", ""))
+
+
+def shows(source):
+    """Whether the cell prints or plots when it runs, rather than in a function that it defines."""
+    lines = [line for line in source.splitlines() if not line.startswith(("%", "!"))]
+    statements = [s for s in ast.parse("\n".join(lines)).body if not isinstance(s, ast.FunctionDef)]
+    calls = [node.func for s in statements for node in ast.walk(s) if isinstance(node, ast.Call)]
+    return any(getattr(f, "id", getattr(f, "attr", "")) in ("print", "show") for f in calls)
+
+
+def test_there_are_notebooks():
+    assert "lora.ipynb" in [path.name for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_saved_as_it_ran(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert [cell.source for cell in cells if shows(cell.source) and not cell.outputs] == []
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", f"a warning was saved: {text_of(output)}"
+            assert text_of(output).count("\n") < 40, f"longer than a screen: {cell.source[:60]}"
+
+
+@each_notebook
+def test_no_paths_of_the_machine_it_ran_on(path):
+    for cell in nbformat.read(path, 4).cells:
+        for text in [cell.source, *map(text_of, cell.get("outputs", []))]:
+            assert not re.search(r"(?<![\w.])/(work|root|home|tmp|Users)\b|\.\./shared", text), text
+
+
+def with_solutions(notebook):
+    """Append to the notebook each exercise's solution and its check once more. Returns the checks."""
+    checks = []
+    for i, cell in enumerate(list(notebook.cells)):
+        if cell.cell_type == "markdown" and "<details>" in cell.source:
+            solution = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+            checks.append(nbformat.v4.new_code_cell(notebook.cells[i - 1].source))
+            notebook.cells += [nbformat.v4.new_code_cell(solution), checks[-1]]
+    return checks
+
+
+@pytest.mark.slow
+@each_notebook
+def test_runs_and_its_solutions_are_right(path):
+    notebook = nbformat.read(path, 4)
+    checks = with_solutions(notebook)
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()  # raises on an error
+    for check in checks:
+        printed = "".join(map(text_of, check.outputs)).splitlines()
+        assert "right" in printed, f"{check.source}\n{printed}"
