@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -616,19 +617,19 @@ def run(args):
         raise KeyboardInterrupt(
             f"stopped; its state is in {out}, and the same command with --resume goes on from there"
         )
+    base = TINY if args.model == "tiny" else Path(args.model)
     if not full:
         save_lora(model, out)
     else:
         model.save_pretrained(out)
-        if args.model == "tiny":
-            (out / "vocab.tiktoken").write_text(toy_vocabulary())
+        if (base / "vocab.tiktoken").exists():
+            shutil.copy(base / "vocab.tiktoken", out)
     (out / "state.pt").unlink(missing_ok=True)
 
     if args.compile:  # not for writing: each new token has other shapes
         torch.compiler.set_stance("force_eager")
     if comparing:
         print_comparison(voice, before, complete(model, tokenizer, prompts))
-    base = TINY if args.model == "tiny" else Path(args.model)
     size = f"{megabytes(out)}, where the base has {megabytes(base)}" if base.is_dir() else megabytes(out)
     ids, start = (held_out or examples)[0]
     model_flag = f"--model {out}" if full else f"--model {args.model} --lora {out}"

@@ -322,6 +322,18 @@ def test_loss_and_gradients_are_those_of_the_formula(head, label_smoothing):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+def test_full_training_can_compute_in_bfloat16():
+    model, idx, targets = large_vocabulary()
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(idx, targets)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    exact, rounded = (torch.cat([g.flatten() for g in each]) for each in gradients)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
 def operations(f):
     """(name, elements of the largest input) of each operation that f runs."""
     with torch.profiler.profile(record_shapes=True) as profile:

@@ -332,5 +332,6 @@ def test_a_damaged_state_is_refused(base):
     assert process.returncode == 2 and "state.pt is damaged" in err and err.count("\n") == 1
 
 
-def test_own_vocabulary_is_kept(base):
-    assert load_tokenizer(base / "model").n_vocab == 380
+def test_full_training_keeps_the_vocabulary(base):
+    output(base, command("full", "vocabulary", "--steps 1"))
+    assert load_tokenizer(base / "vocabulary").n_vocab == load_tokenizer(base / "model").n_vocab == 380
