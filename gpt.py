@@ -262,6 +262,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 dx[rows] = dlogits @ weight
             if want_weight:
                 dweight += dlogits.T @ x[rows]
+            logp = dlogits = None  # these go before the next ones come
         ctx.N = N
         ctx.save_for_backward(dx, dweight)
         return loss / N

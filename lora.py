@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         # B (A x), not (B A) x: two thin products, and ΔW is never formed.
         z = self.scaling * F.linear(x, self.lora_A.to(x.dtype))  # (alpha / r) A x: (..., r)
-        return h + F.linear(z, self.lora_B.to(x.dtype))
+        return h.add_(F.linear(z, self.lora_B.to(x.dtype)))  # in place: nobody else holds h
 
     def delta(self):
         """ΔW = (alpha / r) B A: (out, in), float32."""
