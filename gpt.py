@@ -247,8 +247,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if want_x else None
         dweight = torch.zeros_like(weight) if want_weight else None
         loss = torch.zeros((), device=x.device)
-        step = max(1, 2**24 // V)  # rows whose logits take at most 64 MiB in float32
-        for rows in (slice(i, i + step) for i in range(0, N, step)):
+        parts = max(1, round(N * V / 2**24))  # of equal size; the logits of each take about 64 MiB in float32
+        for rows in (slice(N * i // parts, N * (i + 1) // parts) for i in range(parts)):
             target = targets[rows, None]
             logp = F.linear(x[rows], weight).float().log_softmax(-1)
             loss -= (1 - label_smoothing) * logp.gather(1, target).sum()

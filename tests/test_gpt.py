@@ -295,12 +295,12 @@ def test_a_copy_in_the_hugging_face_cache_needs_no_network(hub, tmp_path, monkey
 
 
 def large_vocabulary():
-    """A model and a batch whose loss takes three chunks of 333 rows."""
+    """A model and a batch whose loss takes three parts of about 360 rows."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=400, n_layer=1, n_head=2, n_embd=8))
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
-    idx, targets = random_tokens(4, 400, 50257).view(2, 2, 400)
+    idx, targets = random_tokens(6, 400, 50257).view(2, 3, 400)
     targets[torch.rand(targets.shape) < 0.1] = -100
     return model, idx, targets
 
@@ -344,14 +344,14 @@ def operations(f):
 def test_the_loss_never_holds_the_logits_of_the_batch():
     model, idx, targets = large_vocabulary()
     largest = max(numel for _, numel in operations(lambda: model(idx, targets).backward()))
-    assert 333 * 50257 <= largest < 0.5 * (targets != -100).sum() * 50257
+    assert 333 * 50257 <= largest < 0.4 * (targets != -100).sum() * 50257
 
 
 def test_without_gradients_the_loss_does_no_work_for_them():
     model, idx, targets = large_vocabulary()
     with torch.no_grad():
         products = [name for name, _ in operations(lambda: model(idx, targets)) if name == "aten::mm"]
-    assert len(products) == 3  # the logits of each chunk
+    assert len(products) == 3  # the logits of each part
 
 
 # ---- Generation --------------------------------------------------------------------------------------------
