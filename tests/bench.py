@@ -1,6 +1,6 @@
 """The benchmark: this code beside what a user would pick instead, in one run, as a Markdown table of ratios.
 
-    python tests/bench.py                       # GPT-2's 124M on the CPU, 15 minutes; on a GPU with --device cuda
+    python tests/bench.py                       # GPT-2's 124M on the CPU, 20 minutes; on a GPU with --device cuda
     python tests/bench.py --size small          # two minutes, to try the script: too small to mean anything
     python tests/bench.py --only train infer    # some sections
 
@@ -365,8 +365,8 @@ def growth(args):
             result = race(args, min(args.steps, 2), {what: (training, options)})[what]
             seconds, operations, GiB = result["seconds"], flops(**point), args.bytes * memory(**point) / 2**30
             first = first or (seconds, operations)
-            growth = f"{seconds / first[0]:.2f} | {operations / first[1]:.2f}"
-            print(f"| {point[what]} | {seconds:.3g} s | {growth} | {result['GiB']:.2f} GiB | {GiB:.2f} GiB |", flush=True)
+            times = f"{seconds / first[0]:.2f} | {operations / first[1]:.2f}"
+            print(f"| {point[what]} | {seconds:.3g} s | {times} | {result['GiB']:.2f} GiB | {GiB:.2f} GiB |", flush=True)
 
 
 def prepare(args, size):
