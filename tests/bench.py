@@ -363,10 +363,11 @@ def growth(args):
         for point in points:
             options = dict(point, who="ours, LoRA", folder=prepare(args, point["size"]))
             result = race(args, min(args.steps, 2), {what: (training, options)})[what]
-            seconds, operations, GiB = result["seconds"], flops(**point), args.bytes * memory(**point) / 2**30
+            seconds, peak = result["seconds"], result["GiB"]
+            operations, counted = flops(**point), args.bytes * memory(**point) / 2**30
             first = first or (seconds, operations)
             times = f"{seconds / first[0]:.2f} | {operations / first[1]:.2f}"
-            print(f"| {point[what]} | {seconds:.3g} s | {times} | {result['GiB']:.2f} GiB | {GiB:.2f} GiB |", flush=True)
+            print(f"| {point[what]} | {seconds:.3g} s | {times} | {peak:.2f} GiB | {counted:.2f} GiB |", flush=True)
 
 
 def prepare(args, size):
