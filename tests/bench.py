@@ -1,7 +1,7 @@
 """The benchmark: this code beside what a user would pick instead, in one run, as a Markdown table of ratios.
 
     python tests/bench.py                       # GPT-2's 124M on the CPU, 20 minutes; on a GPU with --device cuda
-    python tests/bench.py --size small          # two minutes, to try the script: too small to mean anything
+    python tests/bench.py --size small          # a few minutes, to try the script: too small to mean anything
     python tests/bench.py --only train infer    # some sections
 
 The peers are `transformers` with `peft` or `loralib`, and `transformers` alone. Everybody gets the same weights, drawn
