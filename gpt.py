@@ -123,7 +123,9 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Logits (..., V) of hidden states (..., C)."""
-        return F.linear(x, self.wte.weight)
+        W = self.wte.weight
+        # The same twice. For the few rows (B, C) of a step of generation, W xᵀ is the faster way round on a CPU.
+        return (W @ x.T).T if x.ndim == 2 else F.linear(x, W)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
         """Logits (B, T, V) of the tokens idx (B, T); with targets (B, T), the loss instead.
@@ -250,19 +252,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         parts = max(1, round(N * V / 2**24))  # of equal size; the logits of each take about 64 MiB in float32
         for rows in (slice(N * i // parts, N * (i + 1) // parts) for i in range(parts)):
             target = targets[rows, None]
-            logp = F.linear(x[rows], weight).float().log_softmax(-1)
-            loss -= (1 - label_smoothing) * logp.gather(1, target).sum()
+            logits = F.linear(x[rows], weight).float()  # the large one: from here on it is changed in place
+            logits -= logits.amax(-1, keepdim=True)  # leaves the softmax as it is, and exp cannot overflow
+            loss -= (1 - label_smoothing) * logits.gather(1, target).sum()
             if label_smoothing:
-                loss -= label_smoothing * logp.mean(-1).sum()
+                loss -= label_smoothing * logits.mean(-1).sum()
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += total.log().sum()  # log softmax = logits - log total
             if want_x or want_weight:
-                dlogits = logp.exp_().sub_(label_smoothing / V)  # in place: these are the large ones
-                dlogits.scatter_add_(1, target, torch.full_like(logp[:, :1], label_smoothing - 1))
+                dlogits = logits.div_(total).sub_(label_smoothing / V)
+                dlogits.scatter_add_(1, target, torch.full_like(total, label_smoothing - 1))
                 dlogits = dlogits.to(x.dtype)
             if want_x:
                 dx[rows] = dlogits @ weight
             if want_weight:
                 dweight += dlogits.T @ x[rows]
-            logp = dlogits = None  # these go before the next ones come
+            logits = dlogits = None  # these go before the next ones come
         ctx.N = N
         ctx.save_for_backward(dx, dweight)
         return loss / N

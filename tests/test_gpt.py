@@ -20,7 +20,7 @@ from conftest import make_gpt2
 from safetensors.torch import load, save
 
 import gpt
-from gpt import GPT, GPTConfig
+from gpt import GPT, ChunkedCrossEntropy, GPTConfig
 
 
 def random_tokens(B, T, vocab_size=97):
@@ -320,6 +320,12 @@ def test_loss_and_gradients_are_those_of_the_formula(head, label_smoothing):
     # Times 10: the gradient that reaches a loss need not be 1.
     for a, b in zip(*(torch.autograd.grad(10 * loss, parameters) for loss in (ours, plain)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_finite_where_exp_would_overflow():
+    x, weight, targets = torch.full((2, 4), 100.0), torch.tensor([[3.0] * 4, [-2.0] * 4]), torch.tensor([0, 1])
+    for loss in (ChunkedCrossEntropy.apply(x, weight, targets, 0.0), F.cross_entropy(x @ weight.T, targets)):
+        assert loss == 1000.0  # 0 nats for the one, and for the other the 2000 between 1200 and -800
 
 
 def test_full_training_can_compute_in_bfloat16():
