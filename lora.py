@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gpt import write_whole
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer, shared and not copied, with a low-rank update beside it: (..., in) -> (..., out).
@@ -109,7 +111,6 @@ def unmerge_lora(model):
 # ---- Files. For PEFT, GPT-2 has one fused layer c_attn (3C, C) where we have c_q, c_k and c_v. Rank r on c_q and on
 # c_v is there one adapter of rank 2r, with the same scaling and with zeros that keep the parts from each other:
 #     A = [A_q; A_v]  (2r, C)        B = [[B_q, 0], [0, 0], [0, B_v]]  (3C, 2r)
-
 QKV = ("c_q", "c_k", "c_v")
 
 
@@ -122,40 +123,43 @@ def save_lora(model, dir):
         block, _, part = name.rpartition(".")
         fused.setdefault(f"transformer.{block}.c_attn" if part in QKV else f"transformer.{name}", {})[part] = layer
     for name, parts in fused.items():
-        A, layer = torch.cat([layer.lora_A for layer in parts.values()]), [*parts.values()][0]
+        A = torch.cat([layer.lora_A for layer in parts.values()])
         blank = A.new_zeros(A.shape[1], 0)  # rows of zeros, for a part that is not adapted
         B = [parts[part].lora_B if part in parts else blank for part in (QKV if "c_attn" in name else parts)]
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.block_diag(*B).detach()
-        r[name], alpha[name] = len(A), len(A) * layer.alpha / layer.r
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "target_modules": list(fused),
-        "r": max(r.values()),
-        "lora_alpha": max(alpha.values()),
-        "rank_pattern": {name: n for name, n in r.items() if n != max(r.values())},
-        "alpha_pattern": {name: n for name, n in alpha.items() if n != max(alpha.values())},
-        "lora_dropout": layer.dropout,
-        "fan_in_fan_out": True,  # transformers keeps the weights of GPT-2's linear layers transposed
-    }
-    Path(dir).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(dir, "adapter_model.safetensors.tmp"), metadata={"format": "pt"})
-    Path(dir, "adapter_config.json.tmp").write_text(json.dumps(config, indent=2))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):  # both are whole: now they may be seen
-        Path(dir, f"{name}.tmp").replace(Path(dir, name))
+        first = next(iter(parts.values()))  # all have its alpha / r
+        r[name], alpha[name] = len(A), len(A) * first.alpha / first.r
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", target_modules=list(fused), lora_dropout=first.dropout)
+    config["fan_in_fan_out"] = True  # transformers keeps the weights of GPT-2's linear layers transposed
+    config |= dict(r=max(r.values()), lora_alpha=max(alpha.values()))
+    config["rank_pattern"] = {name: n for name, n in r.items() if n != config["r"]}
+    config["alpha_pattern"] = {name: n for name, n in alpha.items() if n != config["lora_alpha"]}
+    files = {Path(dir, "adapter_model.safetensors"): lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})}
+    files[Path(dir, "adapter_config.json")] = lambda tmp: tmp.write_text(json.dumps(config, indent=2))
+    write_whole(files)
 
 
 def load_lora(model, path):
-    """Put the adapter in the folder path, ours or PEFT's, on the model: it takes the place of any other."""
-    modules, adapter, new = dict(model.named_modules()), list(read_peft(Path(path))), {}
-    for name, A, B, _, _ in adapter:  # check all before changing any
-        linear = getattr(modules.get(name), "linear", modules.get(name))
-        shape, wanted = (len(B), A.shape[1]), tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else "missing"
+    """Put the adapter in the folder path, ours or PEFT's, on the model, in the place of any that it has.
+
+    Raises ValueError if it is not there, damaged, for another base, or asks for what is not built here.
+    """
+    put(model, list(read_peft(path)), path)
+
+
+def put(model, adapter, path):
+    """Put an adapter that was read from path, (name, A, B, alpha, dropout) of each layer, on the model."""
+    linears = {name: getattr(m, "linear", m) for name, m in model.named_modules()}
+    for name, A, B, alpha, _ in adapter:  # check all before changing any
+        shape, linear = (len(B), A.shape[1]), linears.get(name)
+        wanted = tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else "missing"
         if shape != wanted:
             raise ValueError(f"{path} is for another base: its {name} is {shape}, the model's is {wanted}")
-    for name, A, B, alpha, dropout in adapter:
-        new[name] = LoRALinear(getattr(modules[name], "linear", modules[name]), len(A), alpha, dropout)
+        if not (A.isfinite().all() and B.isfinite().all() and abs(alpha) < torch.inf):
+            raise ValueError(f"{path}: its {name} holds numbers that are not finite: train it again")
+    new = {name: LoRALinear(linears[name], len(A), alpha, dropout) for name, A, _, alpha, dropout in adapter}
+    for name, A, B, _, _ in adapter:
         new[name].lora_A.data.copy_(A)
         new[name].lora_B.data.copy_(B)
     swap(model, new)
@@ -169,11 +173,10 @@ HARMLESS = (None, False, {}, [], "none", "LORA", "gaussian")
 
 
 def read_peft(dir):
-    """Yield (our name of a layer, A, B, alpha, dropout) for each layer that the adapter in the folder dir adapts."""
+    """Yield (our name of it, A, B, alpha, dropout) for each layer that the adapter in the folder dir adapts."""
     try:
         config = json.loads(Path(dir, "adapter_config.json").read_bytes())
-        dropout = float(config.get("lora_dropout", 0.0))
-        patterns = config.get("alpha_pattern", {})
+        dropout, patterns = float(config.get("lora_dropout", 0.0)), config.get("alpha_pattern", {})
         tensors = load_file(Path(dir, "adapter_model.safetensors"))
         for key, value in config.items():
             if key not in KNOWN and value not in HARMLESS and (key, value) != ("init_lora_weights", True):
@@ -183,15 +186,14 @@ def read_peft(dir):
         for key in {key.replace("lora_B", "lora_A") for key in tensors} or {"(there is none)"}:
             A, B = tensors.get(key), tensors.get(key.replace("lora_A", "lora_B"))
             name = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
-            if not name or A is None or B is None or A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+            if not name or A is None or B is None or A.ndim != 2 or B.ndim != 2 or not 0 < len(A) == B.shape[1]:
                 raise ValueError(f"its tensor {key} is not, or does not fit, an A and a B")
             alpha = [a for end, a in patterns.items() if f".{name[1]}".endswith("." + end)] or [config["lora_alpha"]]
             block, _, last = name[1].removeprefix("transformer.").rpartition(".")
             for part, B_part in zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]:
-                mine = B_part.any(0) | ~B.any(0)  # a column that is zero here, but not elsewhere, is another part's
+                # A column of c_attn's B is a part's if it is zero for the others; all zero, it may be anybody's.
+                mine = B_part.any(0) | ~B.any(0)
                 if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no adapter: {dir} lacks adapter_config.json or adapter_model.safetensors") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
+                    yield f"{block}.{part}", A[mine], B_part[:, mine], float(alpha[0]) * r / len(A), dropout
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

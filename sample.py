@@ -10,15 +10,15 @@ Models that were trained on pairs of prompt and completion expect `<|endoftext|>
 import codecs
 import os
 import re
-import time
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 import train
-from gpt import END, PRETRAINED, stored_as, write_whole
-from lora import LoRALinear, load_lora, merge_lora, swap
+from gpt import END, PRETRAINED, write_whole
+from lora import load_lora, merge_lora, put
+from train import number
 
 # ---- Beam search, as in the paper's code -------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
     """
     (B, T), device = idx.shape, idx.device
     cache = model.new_cache(B, T + max_new_tokens)
-    logits = model.head(model.hidden(idx, cache)[:, -1])  # (B, V)
+    logits = model.next_logits(idx, cache, 0)  # (B, V)
     # From now on row b * beam + k is beam k of prompt b. They are still the same: only the first may go on.
     logits, cache = logits.repeat_interleave(beam, dim=0), cache.repeat_interleave(beam, dim=2)
     scores = torch.full((B, beam), -torch.inf, device=device)  # log p of what each beam has written
@@ -47,7 +47,7 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
     best, best_score = [[]] * B, torch.full((B,), -torch.inf, device=device)
     for length in range(1, max_new_tokens + 1):
         block_repeats(logits, written, no_repeat_ngram)
-        logp = logits.float().log_softmax(-1).view(B, beam, -1)  # (B, beam, V)
+        logp = logits.log_softmax(-1).view(B, beam, -1)  # (B, beam, V)
         scores, chosen = (scores[:, :, None] + logp).flatten(1).topk(beam)  # (B, beam), of beam * V
         rows, tokens = (first_row + chosen // logp.shape[-1]).flatten(), chosen % logp.shape[-1]
         written = torch.cat([written[rows], tokens.view(-1, 1)], dim=1)  # (B * beam, length)
@@ -63,7 +63,7 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
             break
         for kv in cache:  # a row's keys and values follow its tokens; a prompt's are the same in all its rows
             kv[:, :, :, T : T + length - 1] = kv[:, rows, :, T : T + length - 1]
-        logits = model.head(model.hidden(tokens.view(-1, 1), cache, T + length - 1)[:, -1])  # (B * beam, V)
+        logits = model.next_logits(tokens.view(-1, 1), cache, T + length - 1)  # (B * beam, V)
     return [[token for token in tokens if token not in ends] for tokens in best]
 
 
@@ -76,7 +76,7 @@ def block_repeats(logits, written, n):
         logits[row, grams[row, i, -1]] = -torch.inf
 
 
-# ---- A test set: its references, the outputs, the score ----------------------------------------------------
+# ---- A test set: its references, the score -----------------------------------------------------------------
 
 
 def read_references(name):
@@ -84,36 +84,12 @@ def read_references(name):
     kind, _, file = name.partition(":")
     if kind != "e2e" and not name.endswith(".jsonl"):
         raise ValueError(f"--data {name}: name e2e, e2e:FILE or FILE.jsonl")
-    pairs = train.e2e_pairs(file or train.e2e_file("test.txt")) if kind == "e2e" else train.jsonl_pairs(name)
     references = {}
-    for prompt, completion in pairs:
+    for prompt, completion in train.read_pairs(name if kind != "e2e" else file or train.e2e_file("test.txt")):
         if not (line := " ".join(completion.split())):
             raise ValueError(f"{name}: an output is compared with the completion of {prompt!r}, which is empty")
         references.setdefault(prompt, []).append(line)
     return references
-
-
-def decode(model, tokenizer, prompts, batch_size=16, **search):
-    """What the model writes after each prompt of {prompt: token ids}: a list of texts, one line each.
-
-    search: beam, max_new_tokens, length_penalty and no_repeat_ngram of `beam_search`.
-    """
-    # The paper's outputs end at a blank line, too. An id beyond <|endoftext|>, in a padded vocabulary, is no text.
-    blank_line = tokenizer.encode_ordinary("\n\n")
-    ends = {*range(tokenizer.eot_token, model.config.vocab_size), *(blank_line if len(blank_line) == 1 else [])}
-    texts, began = {}, time.time()
-    # Prompts of one length make a batch without padding. The longest come first: if memory is short, it shows at once.
-    for _, group in groupby(sorted(prompts, key=lambda p: -len(prompts[p])), key=lambda p: len(prompts[p])):
-        group = list(group)
-        for batch in (group[i : i + batch_size] for i in range(0, len(group), batch_size)):
-            idx = torch.tensor([prompts[prompt] for prompt in batch], device=model.wte.weight.device)
-            found = beam_search(model, idx, ends=ends, **search)
-            for prompt, tokens in zip(batch, found, strict=True):
-                texts[prompt] = " ".join(tokenizer.decode(tokens).split("\n\n")[0].split())
-            left = round((time.time() - began) / len(texts) * (len(prompts) - len(texts)))
-            print(f"\r{len(texts)}/{len(prompts)} prompts  {left // 60}:{left % 60:02} left ", end="", flush=True)
-    print()
-    return [texts[prompt] for prompt in prompts]
 
 
 def bleu(outputs, references):
@@ -140,33 +116,36 @@ def load_microsoft(model, file):
 
     Raises OSError, or ValueError if the file is not such an adapter, or is one for another base.
     """
-    with open(file, "rb") as f:
-        try:
-            saved = torch.load(f, map_location="cpu", weights_only=True)
-            saved = saved.get("model_state_dict", saved)
-            saved = {re.sub(r"^(module\.)?(transformer\.)?", "", name): w.float() for name, w in saved.items()}
-        except Exception as e:  # torch raises many things for a damaged file
-            raise ValueError(f"{file} is damaged, or holds no tensors ({type(e).__name__}): copy it again") from None
-    C, layers = model.config.n_embd, {}
-    adapter = {f"h.{i}.attn.c_attn.lora_{part}" for i in range(len(model.h)) for part in "AB"}
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = saved.get("model_state_dict", saved)
+        saved = {re.sub(r"^(module\.)?(transformer\.)?", "", name): w.float() for name, w in saved.items()}
+    except OSError:
+        raise
+    except Exception as e:  # torch raises many things for a damaged file
+        raise ValueError(f"{file} is damaged, or holds no tensors ({type(e).__name__}): copy it again") from None
+    C, adapter = model.config.n_embd, []
     # The base may be in the file, too, with its masks, and with its embedding once more as the head.
-    base = {stored_as(name, model.config)[0] for name in model.state_dict()}
+    base = {re.sub(r"\.c_[qkv]\.", ".c_attn.", name) for name in model.state_dict()}
     extra = re.compile(r"lm_head\.(decoder\.)?weight|h\.\d+\.attn\.(masked_)?bias")
-    if odd := {name for name in saved.keys() - base if not extra.fullmatch(name)} ^ adapter:
+    wanted = {f"h.{i}.attn.c_attn.lora_{part}" for i in range(len(model.h)) for part in "AB"}
+    if odd := {name for name in saved.keys() - base if not extra.fullmatch(name)} ^ wanted:
         raise ValueError(f"{file} is no adapter of Microsoft's for this model: look for {min(odd)}")
-    for i, block in enumerate(model.h):
+    for i in range(len(model.h)):
         A, B = (saved[f"h.{i}.attn.c_attn.lora_{part}"] for part in "AB")
         r = A.numel() // (2 * C)
         if r == 0 or A.shape != (2 * r, C) or B.shape != (2 * C, r):
             raise ValueError(f"{file}, layer {i}: A is {[*A.shape]}, B {[*B.shape]}, and not [2r, {C}], [{2 * C}, r]")
-        for name, A_part, B_part in zip(("c_q", "c_v"), A.chunk(2), B.chunk(2), strict=True):
-            layers[f"h.{i}.attn.{name}"] = layer = LoRALinear(getattr(block.attn, name), r, alpha=32)
-            layer.lora_A.data.copy_(A_part)
-            layer.lora_B.data.copy_(B_part)
-    swap(model, layers)
+        for part, A_part, B_part in zip(("c_q", "c_v"), A.chunk(2), B.chunk(2), strict=True):
+            adapter.append((f"h.{i}.attn.{part}", A_part, B_part, 32, 0.0))
+    put(model, adapter, file)
 
 
 # ---- The command -------------------------------------------------------------------------------------------
+
+
+# The files of a base or an adapter, for which no output may be written.
+FILES = ("config.json", "model.safetensors", "vocab.tiktoken", "adapter_config.json", "adapter_model.safetensors", "")
 
 
 def make_parser():
@@ -175,22 +154,21 @@ def make_parser():
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter, or a FILE.pt that Microsoft published (its alpha is taken to be 32)")
     add("--merge", action="store_true", help="merge the adapter into the base first: the same text, no extra work")
-    add("--max-new-tokens", type=train.count, help="tokens to write at most (200, or as many as fit; with --data 64)")
+    add("--max-new-tokens", type=number(int, 1, 10**6), help="tokens at most (200, or as many as fit; with --data 64)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the weights (as train.py picks it; with --data float32)")
+    add("--dtype", choices=train.DTYPES, default="float32", help="of the weights (float32)")
     add = parser.add_argument_group("on from a prompt").add_argument
     add("--prompt", help=f"what to write on from; without one, the start of a text, {END}")
-    add("--temperature", type=train.nonnegative, default=0.7, help="0: the likeliest token; 1: draw as trained (0.7)")
-    add("--top-k", type=train.count, help="draw among the k likeliest tokens only")
-    add("--seed", type=train.natural, default=0, help="of the draws (0)")
+    add("--temperature", type=number(float, 0, 100), default=0.7, help="0: the likeliest; 1: draw as trained (0.7)")
+    add("--top-k", type=number(int, 1, 10**6), help="draw among the k likeliest tokens only")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of the draws (0)")
     add = parser.add_argument_group("one output for each input of a test set, by beam search").add_argument
     add("--data", help="e2e, e2e:FILE, or a FILE.jsonl with prompts and completions, which are the references")
     add("--out", type=Path, help="file for the outputs, one a line; the references go into another beside it")
-    add("--beam", type=train.count, default=10, help="continuations to keep at each step; 1 is greedy (10)")
-    exponent = train.number(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
-    add("--length-penalty", type=exponent, default=0.8, help="the score is log-probability / length ** this (0.8)")
-    add("--no-repeat-ngram", type=train.natural, default=4, help="tokens in a row that no output has twice; 0: any (4)")
-    add("--batch-size", type=train.count, default=16, help="inputs at a time (16)")
+    add("--beam", type=number(int, 1, 1000), default=10, help="continuations to keep at each step; 1 is greedy (10)")
+    add("--length-penalty", type=number(float, 0, 10), default=0.8, help="log-probability / length ** this (0.8)")
+    add("--no-repeat-ngram", type=number(int, 0, 10**6), default=4, help="tokens that no output has twice; 0: any (4)")
+    add("--batch-size", type=number(int, 1, 10**6), default=16, help="inputs at a time (16)")
     return parser
 
 
@@ -202,62 +180,78 @@ def main(argv=None):
 
 
 def run(args):
-    if args.merge and not args.lora:
+    if args.merge and args.lora is None:
         raise ValueError("--merge: there is nothing to merge without --lora")
     if args.data and args.prompt is not None:
         raise ValueError("--data has its own prompts: leave --prompt or --data out")
     if bool(args.data) != bool(args.out):
         raise ValueError("--data, the inputs, and --out, the file for the outputs, go together: give both")
-    if args.out and (args.out.is_dir() or not os.access(f"{args.out.parent}/", os.W_OK)):
-        raise ValueError(f"--out {args.out}: no file can be written there; name another")
     device = train.pick_device(args.device)
     config, tokenizer = train.describe_base(args.model)
     if args.data:
         references = read_references(args.data)
         prompts = {prompt: tokenizer.encode_ordinary(prompt) + [tokenizer.eot_token] for prompt in references}
+        check_files(args)
     else:
         prompt = args.prompt or ""
         prompts = {prompt: tokenizer.encode(prompt, allowed_special={END}) or [tokenizer.eot_token]}
     longest = max(map(len, prompts.values()))
-    n = args.max_new_tokens or (64 if args.data else min(200, config.block_size - longest))
-    if n < 1 or longest + n > config.block_size:
-        raise ValueError(
-            f"the prompt's {longest} tokens and {max(n, 1)} new ones do not fit in the model's context of "
-            f"{config.block_size}: shorten the prompt or lower --max-new-tokens"
-        )
-    # Near -100, where GPT-2's logits are, bfloat16 has steps of a half: beams would be ranked by chance.
-    dtype = train.pick_dtype(args.dtype or ("float32" if args.data else None), device)
-    model = train.load_base(args.model, dtype, device)
-    if args.lora:
+    n = args.max_new_tokens or (64 if args.data else max(1, min(200, config.block_size - longest)))
+    config.check_length(longest + n)
+    model = train.load_base(args.model, getattr(torch, args.dtype), device)
+    if args.lora is not None:
         (load_microsoft if args.lora.endswith(".pt") else load_lora)(model, args.lora)
     if args.merge:
         merge_lora(model)
     if args.data:
-        search = dict(beam=args.beam, length_penalty=args.length_penalty, no_repeat_ngram=args.no_repeat_ngram)
-        outputs = decode(model, tokenizer, prompts, args.batch_size, max_new_tokens=n, **search)
-        write_outputs(args.out, outputs, list(references.values()))
+        write_outputs(args, n, model, tokenizer, references)
         return
     idx, generator = torch.tensor([prompts[prompt]], device=device), torch.Generator(device).manual_seed(args.seed)
     print(prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end in the middle of a character
     for token in model.generate(idx, n, args.temperature, args.top_k, generator):
-        if token.item() == tokenizer.eot_token:
+        if token.item() >= tokenizer.eot_token:  # what is beyond it, in a padded vocabulary, has no text either
             break
         print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
     print()
 
 
-def write_outputs(out, outputs, references):
+def check_files(args):
+    """Refuse an --out that cannot be written, or that is one of the files to read, before the work starts."""
+    read = [
+        args.data.removeprefix("e2e:"),
+        *(Path(dir, name) for dir in (args.model, args.lora or "") for name in FILES),
+    ]
+    for out in (args.out, args.out.with_suffix(".references.txt")):
+        if not os.access(f"{out.parent}/", os.W_OK) or out.exists() and not out.is_file():
+            raise ValueError(f"--out {out}: no file can be written there; name another")
+        train.refuse_overwriting(out, *read)
+
+
+def write_outputs(args, n, model, tokenizer, references):
     """Write the outputs, and their references in the format of the E2E challenge's scorer; print the BLEU."""
-    beside = out.with_suffix(".references.txt")
-    blocks = "\n".join("".join(line + "\n" for line in block) for block in references)  # an empty line between
-    write_whole(beside, lambda tmp: tmp.write_text(blocks, encoding="utf-8"))
-    write_whole(out, lambda tmp: tmp.write_text("".join(line + "\n" for line in outputs), encoding="utf-8"))
-    print(f"{len(outputs)} outputs in {out}, their references in {beside}")
+    blank_line = tokenizer.encode_ordinary("\n\n")  # the paper's outputs end at one, too
+    ends = {*range(tokenizer.eot_token, model.config.vocab_size), *(blank_line if len(blank_line) == 1 else [])}
+
+    def search(idx):
+        return beam_search(model, idx, args.beam, n, args.length_penalty, args.no_repeat_ngram, ends)
+
+    texts = train.complete(model, tokenizer, references, search=search, batch_size=args.batch_size)
+    outputs = [" ".join(text.split("\n\n")[0].split()) for text in texts]
+    beside = args.out.with_suffix(".references.txt")
+    blocks = "\n".join("".join(line + "\n" for line in block) for block in references.values())  # an empty line between
+    lines = "".join(line + "\n" for line in outputs)
+    write_whole(
+        {
+            beside: lambda tmp: tmp.write_text(blocks, encoding="utf-8"),
+            args.out: lambda tmp: tmp.write_text(lines, encoding="utf-8"),
+        }
+    )
+    print(f"\n{len(outputs)} outputs in {args.out}, their references in {beside}")
     try:
-        print(f"BLEU {bleu(outputs, references):.2f}")
+        print(f"BLEU {bleu(outputs, [*references.values()]):.2f}")
     except ImportError:
-        print(f"for BLEU, pip install sacrebleu; or in tuetschek/e2e-metrics: measure_scores.py -p {beside} {out}")
+        print(f"for BLEU, pip install sacrebleu; or in tuetschek/e2e-metrics: measure_scores.py -p {beside} {args.out}")
 
 
 if __name__ == "__main__":
