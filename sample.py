@@ -7,11 +7,17 @@
 Models that were trained on pairs of prompt and completion expect `<|endoftext|>` between the two.
 """
 
+import argparse
 import codecs
 import os
 import re
+import signal
 from itertools import zip_longest
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -149,7 +155,7 @@ FILES = ("config.json", "model.safetensors", "vocab.tiktoken", "adapter_config.j
 
 
 def make_parser():
-    parser = train.Parser("sample.py", description="Let GPT-2, with or without an adapter, write.")
+    parser = argparse.ArgumentParser("sample.py", argparse.SUPPRESS, "Let GPT-2, with or without an adapter, write.")
     add = parser.add_argument
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter, or a FILE.pt that Microsoft published (its alpha is taken to be 32)")
@@ -174,9 +180,7 @@ def make_parser():
 
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(argv)
-    with train.one_line_errors(parser):
-        run(args)
+    train.command(parser, run, parser.parse_args(argv))
 
 
 def run(args):
