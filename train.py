@@ -262,7 +262,7 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
             if args.out:
                 lines = [row, *({key: "" if x is None else x for key, x in row.items()}.values() for row in log)]
                 text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-                write_whole({args.out / "log.csv": lambda tmp, text=text: tmp.write_text(text)})
+                write_whole({args.out / "log.csv": text})
         if args.out and (look or stopped):
             state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params])
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), settings=remembered(args))
@@ -343,7 +343,7 @@ def load_base(name, dtype=torch.float32, device="cpu", report=None):
         model = GPT(config)
         train(model, *data, settings(**toy.TINY_RECIPE), report)
         model.save_pretrained(toy.TINY, toy.toy_vocabulary())
-        write_whole({made_by: lambda tmp: tmp.write_text(recipe)})
+        write_whole({made_by: recipe})
     try:
         return GPT.from_pretrained(toy.TINY, dtype, device)
     except (OSError, ValueError) as e:
