@@ -248,9 +248,9 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done}: start again with a --lr below {args.lr}")
         if logging:
-            row = dict(step=done, loss=loss, val_loss=None, lr=optimizer.param_groups[0]["lr"])
+            row = dict(step=done, loss=loss, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
             row["tokens_per_s"] = tokens / (time.time() - last)
-            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
             row["seconds_left"] = (time.time() - began) / (done - first) * (steps - done)
             if look and held_out:
                 with autocast:
@@ -259,14 +259,12 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
             losses, tokens, last = 0.0, 0, time.time()
             if report:
                 report(row)
-            if args.out:
-                lines = [row, *({key: "" if x is None else x for key, x in row.items()}.values() for row in log)]
-                text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-                write_whole({args.out / "log.csv": text})
         if args.out and (look or stopped):
-            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params])
-            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), settings=remembered(args))
-            write_whole({args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)})
+            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params], settings=args.settings)
+            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            lines = [",".join(map(str, line)) for line in (log[:1] + [row.values() for row in log])]
+            save = {args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)}
+            write_whole(save | {args.out / "log.csv": "\n".join(lines) + "\n"})
         if stopped:
             raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
     model.eval()
@@ -287,14 +285,9 @@ def evaluate(model, examples, batch_size):
 def print_row(row):
     minutes, seconds = divmod(round(row["seconds_left"]), 60)
     line = f"step {row['step']:5}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_s']:6,.0f} tokens/s"
-    line += "" if row["memory_gb"] is None else f"  {row['memory_gb']:.2f} GB"
-    line += "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
+    line += "" if math.isnan(row["memory_gb"]) else f"  {row['memory_gb']:.2f} GB"
+    line += "" if math.isnan(row["val_loss"]) else f"  val loss {row['val_loss']:.4f}"
     print(f"{line}  {minutes}:{seconds:02} left", flush=True)
-
-
-def remembered(args):
-    """The settings that a run that goes on must share with the one that was interrupted."""
-    return {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
 
 
 def load_state(args):
@@ -302,7 +295,7 @@ def load_state(args):
     file = args.out / "state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        differs = [(key, state["settings"][key], value) for key, value in remembered(args).items()]
+        differs = [(key, state["settings"][key], value) for key, value in args.settings.items()]
         [state[key] for key in ("step", "log", "losses", "params", "optimizer", "scaler")]
     except OSError:
         raise
@@ -481,8 +474,12 @@ def run(args):
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
     size = sum(p.numel() for p in model.parameters())
-    args.trained_on = fingerprint(data)
-    args.started_from = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    # A run that goes on must have these in common with the one that was interrupted.
+    args.settings = {
+        key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")
+    }
+    args.settings["the data"] = fingerprint(data)
+    args.settings["the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     comparing = kind == "toy" and voice != "all"
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]]
     before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards
