@@ -221,7 +221,7 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
 
     model.train()
     stopped = catch_signals() if args.out else ()
-    steps, warmup = args.steps, min(500, args.steps // 10) if args.warmup is None else args.warmup
+    steps, warmup = args.steps, args.warmup or 0
     size, tokens, began, last = args.batch_size * args.grad_accum, 0, time.time(), time.time()
     for step in range(first, steps):
         for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
@@ -295,15 +295,15 @@ def load_state(args):
     file = args.out / "state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        differs = [(key, state["settings"][key], value) for key, value in args.settings.items()]
+        other = [key for key, value in args.settings.items() if state["settings"][key] != value]
         [state[key] for key in ("step", "log", "losses", "params", "optimizer", "scaler")]
     except OSError:
         raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
-    for key, then, now in differs:
-        if then != now:
-            raise ValueError(f"{file} is of a run with {key} = {then}, not {now}: resume with the settings it had")
+    if other:
+        then = ", ".join(f"{key} = {state['settings'][key]}" for key in other)
+        raise ValueError(f"{file} is of a run with {then}: go on with what it had")
     return state
 
 
@@ -468,31 +468,27 @@ def run(args):
     if state.exists() != args.resume:
         what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
         raise ValueError(f"{state} is {what}")
-    parent = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    size = sum(p.numel() for p in model.parameters())
+    out.mkdir(parents=True, exist_ok=True)
     # A run that goes on must have these in common with the one that was interrupted.
-    args.settings = {
-        key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")
-    }
-    args.settings["the data"] = fingerprint(data)
-    args.settings["the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    elsewhere = ("out", "resume", "device", "compile")
+    args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
+    args.settings["examples"] = fingerprint(data)
+    args.settings["weights"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     comparing = kind == "toy" and voice != "all"
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]]
     before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards
+    size = sum(p.numel() for p in model.parameters())
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = "all weights" if full else f"LoRA, r = {args.r} and alpha = {args.alpha:g} on {' '.join(args.targets)}"
-    print(f"base      {args.model}: {size:,} parameters, {str(model.wte.weight.dtype)[6:]}, on {device}")
-    print(f"data      {args.data}: {len(data[0]):,} examples, and {len(data[1]):,} held out")
-    print(f"method    {what}: {trained:,} parameters, {trained / size:.2%} of the base's")
-    keys = "steps batch_size grad_accum lr warmup weight_decay label_smoothing lora_dropout eval_every seed".split()
-    print(f"settings  {', '.join(f'{key} {getattr(args, key)}' for key in keys)}\n")
+    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
+    print(
+        f"{trained:,} of them are trained" if full else f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them"
+    )
+    print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
 
