@@ -8,7 +8,6 @@ From top to bottom: the settings, the data sets, the training loop, the base and
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -25,7 +24,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds: Ctrl-C ends them without a traceback
 
 import torch
-from safetensors import SafetensorError
 
 from gpt import END, GPT, PRETRAINED, download, load_tokenizer, own_vocabulary, read_config, send, write_whole
 from lora import add_lora, save_lora
@@ -118,27 +116,35 @@ def load_data(name, tokenizer, block_size):
     kind, _, rest = name.partition(":")
     if kind == "toy" and rest in [*toy.VOICES, "all"]:
         voices = toy.VOICES if rest == "all" else [rest]
-        pairs = [toy.toy_pairs(restaurants, voices) for restaurants in toy.toy_world()]
+        parts = [toy.toy_pairs(restaurants, voices) for restaurants in toy.toy_world()]
     elif kind == "e2e":
-        pairs = [read_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
+        parts = [read_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
     elif name.endswith(".jsonl"):
-        pairs = [read_pairs(name)]
-    elif name.endswith(".txt"):  # in pieces that fill the context: what one ends with, the next starts from
-        ids, pairs = tokenizer.encode(read_text(name), allowed_special={END}), []
-        pieces = [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
+        parts = [read_pairs(name)]
+    elif name.endswith(".txt"):
+        return hold_out(text_blocks(name, tokenizer, block_size))
     else:
-        voices = ", ".join(f"toy:{voice}" for voice in [*toy.VOICES, "all"])
-        raise ValueError(f"no data set '{name}': name {voices}, e2e, or a file that ends with .jsonl or .txt")
-    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in pairs] or [pieces]
+        raise ValueError(f"no data set '{name}': name toy:all, toy: and one of {', '.join(toy.VOICES)}, e2e, or a file")
+    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
     fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
     if left_out := sum(map(len, parts)) - sum(map(len, fit)):
         print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
     if not fit[0]:
-        raise ValueError(
-            f"{name} has nothing for this context: texts of {block_size + 1} tokens or more, pairs of at most as many"
-        )
-    n = len(fit[0]) - len(fit[0]) // 20
-    return fit if len(fit) == 2 else [fit[0][:n], fit[0][n:]]
+        raise ValueError(f"{name} has no example that fits in the base's context of {block_size} tokens")
+    return fit if len(fit) == 2 else hold_out(fit[0])
+
+
+def hold_out(examples):
+    n = len(examples) - len(examples) // 20
+    return [examples[:n], examples[n:]]
+
+
+def text_blocks(path, tokenizer, block_size):
+    """Plain text in pieces that fill the context. They overlap by a token: what one ends with, the next starts from."""
+    ids = tokenizer.encode(read_text(path), allowed_special={END})
+    if len(ids) <= block_size:
+        raise ValueError(f"{path} has {len(ids)} tokens, and one example takes {block_size + 1}: add text")
+    return [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
 
 
 def encode_pair(tokenizer, prompt, completion):
@@ -215,20 +221,18 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    @functools.lru_cache(2)
-    def order(epoch):
-        return torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-
     model.train()
     stopped = catch_signals() if args.out else ()
-    steps, warmup = args.steps, args.warmup or 0
-    size, tokens, began, last = args.batch_size * args.grad_accum, 0, time.time(), time.time()
+    steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
+    # Epoch after epoch, the examples in a new order.
+    draw, epochs = torch.Generator().manual_seed(args.seed), math.ceil(steps * size / len(examples))
+    order = torch.cat([torch.randperm(len(examples), generator=draw) for _ in range(epochs)])
+    tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
         for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
             group["lr"] = lr * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
-        places = [divmod(i, len(examples)) for i in range(step * size, (step + 1) * size)]
-        batch = [examples[order(epoch)[i]] for epoch, i in places]
+        batch = [examples[i] for i in order[step * size : (step + 1) * size]]
         for part in (batch[i : i + args.batch_size] for i in range(0, size, args.batch_size)):
             with autocast:
                 loss = model(*collate(part, device), args.label_smoothing)
@@ -315,10 +319,9 @@ def describe_base(name):
     if name == "tiny":
         return toy.toy_base()
     config, tokenizer = read_config(name), load_tokenizer(name)
-    if tokenizer.n_vocab > config.vocab_size:
+    if (n := tokenizer.n_vocab) > config.vocab_size:
         raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, and this tokenizer has {tokenizer.n_vocab}: "
-            "put the model's own vocab.tiktoken into its folder"
+            f"{name} has {config.vocab_size} tokens, its tokenizer {n}: put its own vocab.tiktoken beside it"
         )
     return config, tokenizer
 
@@ -389,7 +392,7 @@ def command(parser, run, args):
         run(args)
     except KeyboardInterrupt as e:
         parser.exit(130, f"\n{parser.prog}: {e if e.args else 'stopped'}\n")
-    except (OSError, ValueError, FloatingPointError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as e:
         message = " ".join(str(e).split())
         if isinstance(e, RuntimeError):
             if "memory" in message:  # a GPU's or the machine's
