@@ -327,11 +327,9 @@ def read_config(name_or_dir):
         for key, value in GPT2_SETTINGS.items():
             if saved.get(key, value) != value and not (key == "n_inner" and saved[key] == 4 * saved["n_embd"]):
                 raise ValueError(f"{key} is {saved[key]!r}, and GPT-2's is {value!r}")
-        for ours, size in sizes.items():
-            if type(size) is not int or not 0 < size < (2**10 if ours == "n_layer" else 2**20):
-                raise ValueError(f"{SIZES[ours]} is {size!r}, not a sensible size")
-        if sizes["n_embd"] % sizes["n_head"]:
-            raise ValueError(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
+        sane = all(type(n) is int and 0 < n < 2**20 for n in sizes.values()) and sizes["n_layer"] < 2**10
+        if not sane or sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"its sizes cannot be: {sizes}")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{file} does not describe a GPT-2: {e}") from None
     return GPTConfig(**sizes)
@@ -348,6 +346,9 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
     try:
         with safe_open(file, "pt") as f:
             names = [*f.keys()]
+            tied = [f.get_tensor(name) for name in names if name.endswith(("wte.weight", "lm_head.weight"))]
+            if not all(torch.equal(tied[0], w) for w in tied[1:]):
+                raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
         for stored in names:
             name, skip = stored.removeprefix("transformer."), (".attn.bias", ".attn.masked_bias", "lm_head.weight")
             if name.endswith(skip):  # the causal mask, in older files, and wte once more
@@ -358,7 +359,7 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
                 for name, w in zip([name.replace("c_attn", part) for part in parts], ws, strict=False):
                     wanted = [*expected[name].shape] if name in expected else "not GPT-2's"
                     if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
-                        raise ValueError(f"{file}: {stored} has {name} as {w.dtype} {[*w.shape]}; wanted: {wanted}")
+                        raise ValueError(f"{file}: {name} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
                     weights[name] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {file}: put model.safetensors there") from None

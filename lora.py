@@ -193,6 +193,6 @@ def read_peft(dir):
                 # A column of c_attn's B is a part's if it is zero for the others; all zero, it may be anybody's.
                 mine = B_part.any(0) | ~B.any(0)
                 if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], float(alpha[0]) * r / len(A), dropout
+                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

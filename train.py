@@ -130,7 +130,9 @@ def load_data(name, tokenizer, block_size):
     if left_out := sum(map(len, parts)) - sum(map(len, fit)):
         print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
     if not fit[0]:
-        raise ValueError(f"{name} has no example that fits in the base's context of {block_size} tokens")
+        raise ValueError(
+            f"{name} does not fit in a context of {block_size} tokens: shorten its texts, or name another base"
+        )
     return fit if len(fit) == 2 else hold_out(fit[0])
 
 
