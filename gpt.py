@@ -39,7 +39,7 @@ class GPTConfig:
     def check_length(self, T):
         """Raises ValueError if T tokens do not fit."""
         if T > self.block_size:
-            raise ValueError(f"{T} tokens exceed the context of {self.block_size}: shorten the text, or ask for less")
+            raise ValueError(f"{T} tokens do not fit in the context of {self.block_size}: shorten it, or ask for less")
 
 
 class Attention(nn.Module):
@@ -383,6 +383,9 @@ def find_pretrained(name):
     return download(url, file, SHA256.get(name), check=lambda tmp: read_weights(tmp, PRETRAINED[name]))
 
 
+PATIENCE = 30  # seconds in which a server has to say something
+
+
 def download(url, file, sha256=None, check=lambda tmp: None):
     """The path `file`, fetched from url unless it is there. check(tmp) raises ValueError if what came is wrong.
 
@@ -391,7 +394,7 @@ def download(url, file, sha256=None, check=lambda tmp: None):
     if file.exists():
         return file
     tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    socket.setdefaulttimeout(30)  # seconds in which a server has to say something
+    socket.setdefaulttimeout(PATIENCE)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)

@@ -122,12 +122,11 @@ def load_microsoft(model, file):
 
     Raises OSError, or ValueError if the file is not such an adapter, or is one for another base.
     """
+    Path(file).open("rb").close()  # can it be read?
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         saved = saved.get("model_state_dict", saved)
         saved = {re.sub(r"^(module\.)?(transformer\.)?", "", name): w.float() for name, w in saved.items()}
-    except OSError:
-        raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged, or holds no tensors ({type(e).__name__}): copy it again") from None
     wanted = {f"h.{i}.attn.c_attn.lora_{part}" for i in range(len(model.h)) for part in "AB"}

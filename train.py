@@ -299,12 +299,11 @@ def print_row(row):
 def load_state(args):
     """What an interrupted run has saved. Raises OSError, or ValueError if it is damaged or of another run."""
     file = args.out / "state.pt"
+    file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         other = [key for key, value in args.settings.items() if state["settings"][key] != value]
         [state[key] for key in ("step", "log", "losses", "params", "optimizer", "scaler")]
-    except OSError:
-        raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
     if other:
@@ -479,8 +478,8 @@ def run(args):
     # A run that goes on must have these in common with the one that was interrupted.
     elsewhere = ("out", "resume", "device", "compile")
     args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    args.settings["examples"] = fingerprint(data)
-    args.settings["weights"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    args.settings["hash of the data"] = fingerprint(data)
+    args.settings["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     comparing = kind == "toy" and voice != "all"
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]]
     before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards

@@ -405,7 +405,7 @@ DAMAGES = {key: (setting(**{key: value}), ValueError, key) for key, value in NOT
     "alpha a string": (setting(lora_alpha="16"), ValueError, "cannot use"),
     "A without B": (tensors(lambda weights: {A: weights[A]}), ValueError, A),
     "B without A": (tensors(lambda weights: {B: weights[B]}), ValueError, A),
-    "rank 0": (tensors(lambda weights: weights | {A: weights[A][:0], B: weights[B][:, :0].contiguous()}), ValueError, A),
+    "rank 0": (tensors(lambda weights: weights | {A: weights[A][:0], B: weights[B][:, :0] + 0}), ValueError, A),
     "not a number": (tensors(lambda weights: weights | {A: weights[A] * math.nan}), ValueError, "not finite"),
     "infinite": (tensors(lambda weights: weights | {B: weights[B] / 0}), ValueError, "not finite"),
     "alpha infinite": (setting(lora_alpha=math.inf), ValueError, "not finite"),
