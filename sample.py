@@ -187,9 +187,10 @@ def run(args):
         references, beside = read_references(args.data), args.out.with_suffix(".references.txt")
         longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
         for out in (args.out, beside):
-            train.refuse_overwriting(out, args.data.removeprefix("e2e:"))
-            if out.suffix != ".txt" or out.exists() and not out.is_file() or not os.access(f"{out.parent}/", os.W_OK):
-                raise ValueError(f"--out {out}: not a .txt file that can be written; name another")
+            data = Path(args.data.removeprefix("e2e:"))
+            usable = out.suffix == ".txt" and (out.is_file() or not out.exists()) and os.access(out.parent, os.W_OK)
+            if not usable or out.resolve() == data.resolve():
+                raise ValueError(f"--out {out}: the inputs, or no .txt file that can be written; name another")
     else:
         ids = tokenizer.encode(args.prompt or "", allowed_special={END}) or [tokenizer.eot_token]
         longest = len(ids)
