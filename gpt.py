@@ -203,8 +203,7 @@ class GPT(nn.Module):
             if other := weights.keys() ^ GPT(config).state_dict().keys():
                 raise ValueError(f"not a plain GPT-2, because of {min(other)}: merge adapters before saving")
         settings = {stored: getattr(config, ours) for ours, stored in SIZES.items()} | GPT2_SETTINGS
-        settings |= {f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")}
-        settings |= {f"{part}_token_id": config.vocab_size - 1 for part in ("bos", "eos")}
+        settings |= dict(bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
         settings["architectures"] = ["GPT2LMHeadModel"]
         parts = {}
         for name, w in weights.items():
@@ -276,7 +275,7 @@ def send(t, device):
     return t.to(device)
 
 
-# ---- Files: OpenAI's weights, where they are and how they are stored ----------------------------------------
+# ---- Files: OpenAI's weights, where they are and how they are stored ----
 
 PRETRAINED = {
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
@@ -350,17 +349,18 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
             if not all(torch.equal(tied[0], w) for w in tied[1:]):
                 raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
         for stored in names:
-            name, skip = stored.removeprefix("transformer."), (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-            if name.endswith(skip):  # the causal mask, in older files, and wte once more
-                continue
+            name = stored.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                continue  # the causal mask, in older files, and wte once more
             parts = ["c_q", "c_k", "c_v"] if ".c_attn." in name else ["c_attn"]
             with safe_open(file, "pt") as f:  # anew for each: what was mapped for the last one is let go
                 ws = torch.atleast_1d(as_stored(name, f.get_tensor(stored))).chunk(len(parts))
-                for name, w in zip([name.replace("c_attn", part) for part in parts], ws, strict=False):
-                    wanted = [*expected[name].shape] if name in expected else "not GPT-2's"
+                for part, w in zip(parts, ws, strict=False):
+                    ours = name.replace("c_attn", part)
+                    wanted = [*expected[ours].shape] if ours in expected else "not GPT-2's"
                     if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
-                        raise ValueError(f"{file}: {name} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
-                    weights[name] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
+                        raise ValueError(f"{file}: {ours} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
+                    weights[ours] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {file}: put model.safetensors there") from None
     except SafetensorError as e:
@@ -391,22 +391,21 @@ def download(url, file, sha256=None, check=lambda tmp: None):
 
     Raises OSError that says what to do by hand, and leaves nothing behind.
     """
-    if file.exists():
-        return file
-    tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    socket.setdefaulttimeout(PATIENCE)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def fetch(tmp):
         torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
         check(tmp)
-        tmp.replace(file)
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another hash
+
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        if not file.exists():
+            write_whole({file: fetch})
+    except (OSError, ValueError, http.client.HTTPException) as e:
         if not file.exists():  # nor has another process brought it in the meantime
-            why = " ".join(str(e).split())
+            why = " ".join(str(e.__cause__ or e).split())
             raise OSError(f"cannot download {url} ({why}): try again, or put the file at {file} by hand") from None
     finally:
         socket.setdefaulttimeout(None)
-        tmp.unlink(missing_ok=True)
     return file
 
 
@@ -426,16 +425,14 @@ def write_whole(files):
             tmp.chmod(mode)
         for path, tmp in tmps.items():
             tmp.replace(path)
-    except torch.OutOfMemoryError:  # a RuntimeError as well
-        raise
     except (OSError, RuntimeError, SafetensorError) as e:  # the last two are how torch and safetensors say: disk full
-        raise OSError(f"cannot write {path} ({e}): make room, or choose another folder") from None
+        raise OSError(f"cannot write {path} ({e}): make room, or choose another folder") from e
     finally:
         for tmp in tmps.values():
             tmp.unlink(missing_ok=True)
 
 
-# ---- The tokenizer -----------------------------------------------------------------------------------------
+# ---- The tokenizer ----
 
 END = "<|endoftext|>"  # GPT-2's one special token: it ends a text, and starts one
 WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # a vocabulary of our own splits text into words, punctuation and white space

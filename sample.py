@@ -188,7 +188,9 @@ def run(args):
         longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
         for out in (args.out, beside):
             data = Path(args.data.removeprefix("e2e:"))
-            usable = out.suffix == ".txt" and (out.is_file() or not out.exists()) and os.access(out.parent, os.W_OK)
+            usable = (
+                out.suffix == ".txt" and (out.is_file() or not out.exists()) and os.access(f"{out.parent}/", os.W_OK)
+            )
             if not usable or out.resolve() == data.resolve():
                 raise ValueError(f"--out {out}: the inputs, or no .txt file that can be written; name another")
     else:
