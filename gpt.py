@@ -182,7 +182,7 @@ class GPT(nn.Module):
         """GPT-2 with trained weights, in eval mode.
 
         name_or_dir is a key of PRETRAINED, or a folder with `config.json` and `model.safetensors`.
-        Raises OSError (not found, cannot be downloaded) or ValueError (damaged, or not a GPT-2).
+        Raises OSError (not found, no download) or ValueError (damaged, or not a GPT-2).
         """
         config = read_config(name_or_dir)
         file = find_pretrained(name_or_dir) if name_or_dir in PRETRAINED else Path(name_or_dir, "model.safetensors")
@@ -192,10 +192,9 @@ class GPT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, dir, vocabulary=None):
-        """Write `config.json` and `model.safetensors` into the folder dir, for `from_pretrained` here and for
-        `transformers.GPT2LMHeadModel.from_pretrained`. vocabulary is the text of a `vocab.tiktoken` to put beside
-        them, for a model that has another than GPT-2's.
+        """Write the folder dir, for `from_pretrained` here and `transformers.GPT2LMHeadModel.from_pretrained`.
 
+        vocabulary is the text of its `vocab.tiktoken`, if the model has another vocabulary than GPT-2's.
         Raises ValueError if the model has other parameters than GPT-2's, as one with unmerged adapters has.
         """
         config, weights, dir = self.config, self.state_dict(), Path(dir)
@@ -209,10 +208,8 @@ class GPT(nn.Module):
         for name, w in weights.items():
             parts.setdefault(re.sub(r"\.c_[qkv]\.", ".c_attn.", f"transformer.{name}"), []).append(w)
         tensors = {name: as_stored(name, torch.cat(ws)).contiguous() for name, ws in parts.items()}
-        files = {
-            dir / "config.json": json.dumps(settings, indent=2),
-            dir / "model.safetensors": lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}),
-        }
+        files = {dir / "config.json": json.dumps(settings, indent=2)}
+        files[dir / "model.safetensors"] = lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})
         if vocabulary is None:
             (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
         else:
@@ -223,13 +220,12 @@ class GPT(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The mean cross-entropy of softmax(x Wᵀ) with the targets, a few rows of logits at a time.
 
-    The logits of 8 x 512 tokens of GPT-2 are 0.8 GB, and their gradient is as large again. But that gradient
-    is known as soon as the logits are:
+    The logits of 8 x 512 tokens of GPT-2 are 0.8 GB, and so is their gradient. But that is known as soon as they are:
 
         d loss / d logits = (softmax(logits) - target distribution) / N
 
-    So the forward pass takes a few rows, computes their logits, their part of the loss and at once their part
-    of d loss / d x, and forgets the logits. Nothing is computed twice; the backward pass has only to scale.
+    So the forward pass takes a few rows, computes their logits, their part of the loss and of d loss / d x, and
+    forgets the logits. Nothing is computed twice; the backward pass has only to scale.
     The target distribution is 1 - label_smoothing on the target, with label_smoothing spread evenly over V.
     """
 
@@ -295,16 +291,10 @@ SHA256 = {  # of model.safetensors, where we know it
 }
 # What config.json calls the sizes, and what else it must say: a model with other settings is not GPT-2.
 SIZES = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-GPT2_SETTINGS = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "n_inner": None,  # four times n_embd
-}
+GPT2_SETTINGS = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
+GPT2_SETTINGS |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+GPT2_SETTINGS |= dict(add_cross_attention=False, tie_word_embeddings=True)
+PATIENCE = 30  # seconds in which a server has to say something
 
 
 def as_stored(name, w):
@@ -324,7 +314,7 @@ def read_config(name_or_dir):
         saved = json.loads(file.read_bytes())
         sizes = {ours: saved[stored] for ours, stored in SIZES.items()}
         for key, value in GPT2_SETTINGS.items():
-            if saved.get(key, value) != value and not (key == "n_inner" and saved[key] == 4 * saved["n_embd"]):
+            if saved.get(key, value) != value and (key, saved[key]) != ("n_inner", 4 * saved["n_embd"]):
                 raise ValueError(f"{key} is {saved[key]!r}, and GPT-2's is {value!r}")
         sane = all(type(n) is int and 0 < n < 2**20 for n in sizes.values()) and sizes["n_layer"] < 2**10
         if not sane or sizes["n_embd"] % sizes["n_head"]:
@@ -381,9 +371,6 @@ def find_pretrained(name):
     url = f"{host}/openai-community/{name}/resolve/{REVISIONS[name]}/model.safetensors"
     file = Path(torch.hub.get_dir(), "lora-gpt2", name, "model.safetensors")
     return download(url, file, SHA256.get(name), check=lambda tmp: read_weights(tmp, PRETRAINED[name]))
-
-
-PATIENCE = 30  # seconds in which a server has to say something
 
 
 def download(url, file, sha256=None, check=lambda tmp: None):

@@ -26,7 +26,7 @@ from gpt import END, PRETRAINED, write_whole
 from lora import load_lora, merge_lora, put
 from train import number
 
-# ---- Beam search, as in the paper's code -------------------------------------------------------------------
+# ---- Beam search, as in the paper's code ----
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def block_repeats(logits, written, n):
         logits[row, grams[row, i, -1]] = -torch.inf
 
 
-# ---- A test set: its references, the score -----------------------------------------------------------------
+# ---- A test set: its references, the score ----
 
 
 def read_references(name):
@@ -110,7 +110,7 @@ def bleu(outputs, references):
     return sacrebleu.corpus_bleu(outputs, columns, lowercase=True, smooth_method="none", force=True).score
 
 
-# ---- Microsoft's adapters ----------------------------------------------------------------------------------
+# ---- Microsoft's adapters ----
 
 
 def load_microsoft(model, file):
@@ -142,7 +142,7 @@ def load_microsoft(model, file):
     put(model, adapter, file)
 
 
-# ---- The command -------------------------------------------------------------------------------------------
+# ---- The command ----
 
 
 def make_parser():
@@ -205,10 +205,8 @@ def run(args):
         merge_lora(model)
     if args.data:
         outputs = search_outputs(model, tokenizer, references, n, args)
-        blocks = [
-            "".join(line + "\n" for line in block) for block in references.values()
-        ]  # as the E2E scorer reads them
-        write_whole({args.out: "".join(line + "\n" for line in outputs), beside: "\n".join(blocks)})
+        blocks = ["\n".join(block) + "\n" for block in references.values()]  # as the E2E scorer reads them
+        write_whole({args.out: "\n".join(outputs) + "\n", beside: "\n".join(blocks)})
         print(f"\n{len(outputs)} outputs in {args.out}, their references in {beside}")
         try:
             print(f"BLEU {bleu(outputs, [*references.values()]):.2f}")
