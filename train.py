@@ -8,6 +8,7 @@ From top to bottom: the settings, the data sets, the training loop, the base, th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def make_parser():
     add("--compile", action="store_true", help="slower to start, faster steps")
     add("--out", type=Path, help="folder for the result, log.csv and an unfinished run (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.set_defaults(**DEFAULTS["toy"])
+    parser.set_defaults(settings={}, **DEFAULTS["toy"])
     return parser
 
 
@@ -180,12 +181,12 @@ def collate(examples, device):
 # ---- The training loop ----
 
 
-def train(model, examples, held_out, args, report=None, optimizer=None):
+def train(model, examples, held_out, args, report=None, optimizer=None, stopped=()):
     """Train what requires a gradient, LoRA's A and B or everything, on examples from `load_data`.
 
-    args is what `settings` returns. With args.out, that folder gets log.csv and state.pt, at every look and when a
-    signal ends the run; args.resume goes on from there. report(row) gets each new row of the log. An optimizer of
-    your own takes AdamW's place: the rates of its groups are the highest ones.
+    args is what `settings` returns. With args.out, that folder gets log.csv and state.pt at every look, and once
+    stopped is not empty, which ends the run; args.resume goes on from there. report(row) gets each new row of the log.
+    An optimizer of your own takes AdamW's place: the rates of its groups are the highest ones.
     Returns the log, a list of dicts of numbers. Raises FloatingPointError if the loss is not finite.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -196,28 +197,24 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != held)
     # In float16, small gradients would vanish: they are scaled up, as far as the largest allow.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first, log, losses = 0, [], 0.0
-    if args.resume:
-        state = load_state(args)
-        first, log, losses = state["step"], state["log"], state["losses"]
-        model.load_state_dict(state["params"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    first, log, losses = load_state(args, model, params, optimizer, scaler) if args.resume else (0, [], 0.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     model.train()
-    stopped = catch_signals() if args.out else ()
     steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
-    # Epoch after epoch, the examples in a new order.
-    draw, epochs = torch.Generator().manual_seed(args.seed), math.ceil(steps * size / len(examples))
-    order = torch.cat([torch.randperm(len(examples), generator=draw) for _ in range(epochs)])
+
+    @lru_cache(2)
+    def order(epoch):  # of the examples: each epoch has another
+        return torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
         for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
             group["lr"] = lr * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
-        batch = [examples[i] for i in order[step * size : (step + 1) * size]]
+        places = (divmod(i, len(examples)) for i in range(step * size, (step + 1) * size))
+        batch = [examples[order(epoch)[i]] for epoch, i in places]
         parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, size, args.batch_size)]
         n = sum((targets >= 0).sum() for _, targets in parts)
         for idx, targets in parts:
@@ -251,7 +248,7 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
         if args.out and (look or stopped):
             state = dict(step=done, log=log, losses=losses, params=params, settings=args.settings)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            text = "".join(",".join(map(str, line)) + "\n" for line in [row.keys(), *(row.values() for row in log)])
+            text = "".join(",".join(map(str, line)) + "\n" for line in log[:1] + [row.values() for row in log])
             write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
         if stopped:
             raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
@@ -279,28 +276,42 @@ def print_row(row):
     print(f"{line}  {timedelta(seconds=round(row['seconds_left']))} left", flush=True)
 
 
-def load_state(args):
-    """What an interrupted run has saved. Raises OSError, or ValueError if it is damaged or of another run."""
+def load_state(args, model, params, optimizer, scaler):
+    """Put back what an interrupted run has saved: (its step, log, sum of losses). Raises OSError or ValueError."""
     file = args.out / "state.pt"
     file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         then = state["settings"]
         other = [f"{key} = {then[key]}" for key, value in args.settings.items() if then[key] != value]
+        if not other:
+            model.load_state_dict({name: state["params"][name] for name in params}, strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            return int(state["step"]), list(state["log"]), state["losses"]
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
-    if other:
-        raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
-    return state
+    raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
 
 
-def catch_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends the run."""
-    caught = []
+@contextlib.contextmanager
+def deferred_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
+    caught, before = [], {}
+
+    def defer(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # which is what nohup asks for
-            signal.signal(getattr(signal, name), lambda n, _: caught.append(signal.signal(n, signal.SIG_DFL)))
-    return caught
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
+            before[number] = signal.signal(number, defer)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- The base ----
@@ -371,7 +382,8 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
 # ---- The command ----
 
-ADVICE = {"memory": "lower --batch-size, or take a smaller --model", "compile": "leave --compile out"}
+LESS = "lower --batch-size, or take a smaller --model"
+ADVICE = {"out of memory": LESS, "allocate memory": LESS, "compiler": "leave --compile out"}  # by torch's own words
 
 
 def command(parser, run, args):
@@ -385,7 +397,7 @@ def command(parser, run, args):
         parser.exit(130, f"\n{parser.prog}: {str(e) or 'stopped'}\n")
     except (OSError, ValueError, FloatingPointError) as e:
         parser.error(" ".join(str(e).split()))
-    except RuntimeError as e:  # torch's own
+    except RuntimeError as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())
         for word, advice in ADVICE.items():
             if word in message.lower():
@@ -437,11 +449,13 @@ def run(args):
     if state.exists() != args.resume:
         what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
         raise ValueError(f"{state} is {what}")
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    out.mkdir(parents=True, exist_ok=True)
     # A run that goes on must have these in common with the one that was interrupted.
-    elsewhere = ("out", "resume", "device", "compile")
+    elsewhere = ("out", "resume", "device", "compile", "settings")
     args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
     args.settings["hash of the data"] = fingerprint(data)
     args.settings["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
@@ -459,7 +473,8 @@ def run(args):
     for block in model.h if args.compile else ():
         block.compile()
 
-    train(model, *data, args, print_row)
+    with deferred_signals() as stopped:
+        train(model, *data, args, print_row, stopped=stopped)
     if full:
         model.save_pretrained(out, own_vocabulary(base))
     else:
