@@ -32,8 +32,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank r = {r} does not fit a layer of {n_out} x {n_in}: use 1 to {min(n_in, n_out)}")
         self.linear = linear.requires_grad_(False)  # W0
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
-        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). The paper does not say how wide
-        # the Gaussian is; this is as wide as what the authors' code draws.
+        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). A is as wide as in the authors'
+        # code: the paper does not say.
         self.lora_A = nn.Parameter(torch.randn(r, n_in, device=linear.weight.device) / (3 * n_in) ** 0.5)
         self.lora_B = nn.Parameter(torch.zeros(n_out, r, device=linear.weight.device))
         self.train(linear.training)
@@ -142,13 +142,13 @@ def save_lora(model, dir):
 def load_lora(model, path):
     """Put the adapter in the folder path, ours or PEFT's, on the model, in the place of any that it has.
 
-    Raises ValueError if it is not there, damaged, for another base, or asks for what is not built here.
+    Raises ValueError if it is missing, damaged, for another base, or asks for what is not built here.
     """
     put(model, list(read_peft(path)), path)
 
 
 def put(model, adapter, path):
-    """Put an adapter that was read from path, (name, A, B, alpha, dropout) of each layer, on the model."""
+    """Put an adapter from the file path, (name, A, B, alpha, dropout) of each layer, on the model."""
     linears = {name: getattr(m, "linear", m) for name, m in model.named_modules()}
     for name, A, B, alpha, _ in adapter:  # check all before changing any
         shape, linear = (len(B), A.shape[1]), linears.get(name)
@@ -164,7 +164,7 @@ def put(model, adapter, path):
     swap(model, new)
 
 
-# What PEFT's config may say without changing what the adapter computes. Anything else that is set is refused.
+# What PEFT's config may say without changing the adapter. Anything else that is set is refused.
 KNOWN = """r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
     layers_pattern fan_in_fan_out task_type base_model_name_or_path revision auto_mapping inference_mode
     peft_version megatron_core qalora_group_size""".split()
