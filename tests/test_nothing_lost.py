@@ -263,7 +263,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure, advice", FAILURES.values(), ids=FAILURES)
 def test_what_the_machine_lacks_is_said_in_one_line(folder, capsys, monkeypatch, failure, advice):
-    def fail(*args):
+    def fail(*args, **options):
         raise failure
 
     monkeypatch.setattr(train, "train", fail)
