@@ -381,6 +381,21 @@ def test_cached_and_uncached_generation_give_the_same_tokens(tmp_path, temperatu
         assert cached.tolist() == generate_uncached(model, prompts, 57, temperature, top_k, generator=b).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_are_chosen_by_float32_logits_whatever_the_weights_are(tmp_path, dtype):
+    make_gpt2(tmp_path)
+    model, prompts = GPT.from_pretrained(tmp_path, dtype=dtype), random_tokens(20, 7)
+    weight = model.wte.weight.data
+    weight[:, 0], model.ln_f.bias.data[0] = -1, 100  # logits near -100, where GPT-2's are and 16 bits take large steps
+    with torch.no_grad():
+        exact = model.hidden(prompts)[:, -1].double() @ weight.double().T
+        logits = model.next_logits(prompts, model.new_cache(20, 7), 0)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-4)
+    assert next(model.generate(prompts, 1, temperature=0)).tolist() == exact.argmax(-1).tolist()
+    assert exact.to(dtype).argmax(-1).tolist() != exact.argmax(-1).tolist()
+
+
 def test_greedy_is_that_of_transformers_alone_and_in_a_batch(tmp_path):
     theirs = make_gpt2(tmp_path)
     theirs.generation_config.eos_token_id = None  # go on, as ours does

@@ -1,9 +1,9 @@
 """The commands as a user runs them, the data, and runs that are interrupted."""
 
+import contextlib
 import json
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -19,7 +19,7 @@ from conftest import make_gpt2
 from safetensors.torch import load_file
 
 import train
-from gpt import GPT, load_tokenizer, make_tokenizer
+from gpt import GPT, GPTConfig, load_tokenizer, make_tokenizer
 from lora import add_lora, lora_layers, save_lora
 from notebooks import toy
 
@@ -262,20 +262,39 @@ def test_compiled_blocks_take_lengths_that_vary_without_breaking_their_graphs(tm
     assert counters["stats"]["unique_graphs"] == 2  # for the first length, then for any
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_waits_for_the_gpu_only_to_look(tmp_path):
-    make_gpt2(tmp_path)
-    model, examples = GPT.from_pretrained(tmp_path, device="cuda"), random_examples(16, (5, 60))
-    args = train.settings(steps=200, batch_size=2, grad_accum=2, eval_every=200)  # a row every twentieth step
-    waits = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "float", lambda x: waits.append(x) or 0.0, raising=False)
+def tiny_model(device="cpu"):
+    with torch.device(device):
+        model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=2, n_head=4, n_embd=32))
+        add_lora(model)
+    return model
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_gpu)])
+def test_a_step_waits_for_the_device_only_where_the_log_gets_a_row(device, monkeypatch):
+    # On the meta device tensors have no values: reading one back is an error, as it is on a GPU in this debug mode.
+    args, waits = train.settings(steps=200, batch_size=2, grad_accum=2, eval_every=200), []
+    if device == "meta":
+        monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    model = tiny_model(device)
+    monkeypatch.setattr(train, "float", lambda x: waits.append(x) or 0.0, raising=False)
+    if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            train.train(model, examples, [], args)
-        finally:
+    try:
+        train.train(model, random_examples(16, (5, 60)), [], args)
+    finally:
+        if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 10
+    assert len(waits) == 10  # a row every twentieth step
+
+
+@needs_gpu
+def test_the_peak_memory_is_that_of_this_run_alone():
+    torch.zeros(2**28, device="cuda")  # a GiB, and gone again
+    rows = train.train(tiny_model("cuda"), random_examples(16, (5, 60)), [], train.settings(steps=2))
+    assert 0 < rows[-1]["memory_gb"] < 1
 
 
 # ---- Interrupted runs --------------------------------------------------------------------------------------
@@ -364,10 +383,12 @@ def test_a_full_disk_leaves_the_last_state(base):
     process.terminate()
     process.communicate()
     before = (base / "disk" / "state.pt").read_bytes()
+    resource = pytest.importorskip("resource", reason="needs limits, which Windows has not")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)  # noqa: E731
     process = run(base, command("full", "disk", "--resume"), preexec_fn=limit)
     _, err = process.communicate()
     assert process.returncode == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
+    assert "disk/state.pt" in err
     assert (base / "disk" / "state.pt").read_bytes() == before
     assert sorted(file.name for file in (base / "disk").iterdir()) == ["log.csv", "state.pt"]
 
