@@ -47,7 +47,7 @@ def make_parser():
     about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
     parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about)
     add, count, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
-    add("--model", default="tiny", help=f"the base: tiny, which is made here, {', '.join(PRETRAINED)}, or a folder")
+    add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
     add("--r", type=count, default=4, help="rank of the adapters (4)")
@@ -128,7 +128,7 @@ def load_data(name, tokenizer, block_size):
         parts = [encode(read_pairs(name.removeprefix("e2e:")))]
     elif name.endswith(".txt"):
         ids = tokenizer.encode(read_text(name), allowed_special={END})
-        # Pieces that fill the context. They overlap by a token: what one ends with, the next starts from.
+        # Pieces that fill the context: what one ends with, the next starts from.
         parts = [[(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]]
     else:
         raise ValueError(f"no data set '{name}': name toy:all, toy: and one of {', '.join(toy.VOICES)}, e2e, or a file")
@@ -150,7 +150,7 @@ def encode_pair(tokenizer, prompt, completion):
 
 
 def read_pairs(path):
-    """[(prompt, completion)] of a .jsonl, or of a file of lines prompt||completion. Raises OSError or ValueError."""
+    """[(prompt, completion)] of a .jsonl, or of lines prompt||completion. Raises OSError or ValueError."""
     pairs, as_json = [], str(path).endswith(".jsonl")
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
@@ -171,7 +171,7 @@ def read_text(path):
 
 
 def collate(examples, device):
-    """(B, T) inputs on the device, and targets on the CPU. Short examples are padded at the end, without targets."""
+    """(B, T) inputs on the device, and targets on the CPU. Padding, at the end, has no targets."""
     inputs = [torch.tensor(ids[:-1]) for ids, _ in examples]
     targets = [torch.tensor([-100] * (start - 1) + ids[start:]) for ids, start in examples]  # each the next token
     return send(pad_sequence(inputs, True), device), pad_sequence(targets, True, padding_value=-100)
@@ -251,7 +251,8 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
         if args.out and (look or stopped):
             state = dict(step=done, log=log, losses=losses, params=params, settings=args.settings)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            text = "".join(",".join(map(str, line)) + "\n" for line in [row.keys(), *(row.values() for row in log)])
+            lines = log[:1] + [row.values() for row in log]  # the names of the columns, which are a row's keys
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
             write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
         if stopped:
             raise KeyboardInterrupt(f"stopped; add --resume to go on from {args.out / 'state.pt'}")
@@ -280,7 +281,7 @@ def print_row(row):
 
 
 def load_state(args):
-    """What an interrupted run has saved. Raises OSError, or ValueError if it is damaged or of another run."""
+    """What an interrupted run has saved. Raises OSError, or ValueError (damaged, of another run)."""
     file = args.out / "state.pt"
     file.open("rb").close()  # can it be read?
     try:
@@ -295,7 +296,7 @@ def load_state(args):
 
 
 def catch_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends the run."""
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into: the step under way can end. A second one ends the run."""
     caught = []
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # which is what nohup asks for
@@ -307,7 +308,7 @@ def catch_signals():
 
 
 def describe_base(name):
-    """(GPTConfig, tokenizer) of a base, before its weights are loaded or made. Raises OSError or ValueError."""
+    """(GPTConfig, tokenizer) of a base, which need not be made yet. Raises OSError or ValueError."""
     config, tokenizer = toy.toy_base() if name == "tiny" else (read_config(name), load_tokenizer(name))
     if (n := tokenizer.n_vocab) > config.vocab_size:
         what = f"{name} has {config.vocab_size} tokens, its tokenizer {n}"
@@ -351,13 +352,13 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
         columns, ended = [], False
         for tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
             columns.append(tokens)
-            ended |= tokens >= end  # what is beyond <|endoftext|>, in a padded vocabulary, has no text either
+            ended |= tokens >= end  # beyond <|endoftext|> a padded vocabulary has no texts
             if ended.all():
                 break
         return torch.stack(columns, dim=1).tolist()
 
     ids = {prompt: tokenizer.encode_ordinary(prompt) + [end] for prompt in prompts}
-    # Prompts of one length need no padding. The longest come first: if memory is short, it shows at once.
+    # Prompts of one length need no padding. The longest come first: short memory shows at once.
     for _, group in groupby(sorted(ids, key=lambda p: -len(ids[p])), lambda p: len(ids[p])):
         while batch := list(islice(group, batch_size)):
             found = (search or draw)(torch.tensor([ids[prompt] for prompt in batch], device=device))
