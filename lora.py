@@ -1,7 +1,7 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021, arXiv:2106.09685), from scratch.
 
 A pretrained weight W0 (out, in) is frozen. What fine-tuning would add to it is learned as the product of two thin
-matrices, ΔW = B A, where B is (out, r), A is (r, in), and r is much smaller than in and out (section 4.1):
+matrices, ΔW = B A, where B is (out, r), A is (r, in), and r is far below in and out (section 4.1):
 
     h = W0 x + (alpha / r) B A x                                                                (equation 3)
 """
@@ -87,7 +87,7 @@ def swap(model, layers):
 def merge_lora(model):
     """Turn each LoRALinear into the nn.Linear it was made of, with the weight W0 + ΔW: a plain GPT again (section 4.1).
 
-    The sum is taken in float32, then cast. W0 and the LoRA layers wait in `model.unmerged`, outside the state dict.
+    The sum is in float32, then cast. W0 and the LoRA layers wait in `model.unmerged`, outside the state dict.
     """
     if not (layers := lora_layers(model)):
         raise ValueError("nothing to merge: the model has no LoRA layers, or they are merged already")
@@ -98,7 +98,7 @@ def merge_lora(model):
 
 
 def unmerge_lora(model):
-    """Put the LoRA layers back, with the very W0 they had: subtracting ΔW would give it back only roughly."""
+    """Put the LoRA layers back, with the very W0 they had: subtracting ΔW would only come near."""
     if not hasattr(model, "unmerged"):
         raise ValueError("nothing to unmerge: the model is not merged")
     for name, (layer, W0) in model.unmerged.items():
@@ -190,7 +190,7 @@ def read_peft(dir):
             alpha = [a for end, a in patterns.items() if f".{name[1]}".endswith("." + end)] or [config["lora_alpha"]]
             block, _, last = name[1].removeprefix("transformer.").rpartition(".")
             for part, B_part in zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]:
-                # A column of c_attn's B is a part's if it is zero for the others; all zero, it may be anybody's.
+                # A column of c_attn's B is a part's if zero for the others; all zero, it is anybody's.
                 mine = B_part.any(0) | ~B.any(0)
                 if r := int(mine.sum()):
                     yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout

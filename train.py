@@ -22,9 +22,9 @@ from functools import lru_cache, partial
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads of torch that wait soon leave their core to other runs
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads soon leave their core to other runs
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -44,11 +44,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser():
-    # Without a usage line, which would be longer than a screen, argparse's errors are one line.
+    # Without a usage line, longer than a screen, argparse's errors are one line.
     about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
     parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about)
     add, count, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
-    add("--model", default="tiny", help=f"the base: tiny, which is made here, {', '.join(PRETRAINED)}, or a folder")
+    add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
     add("--r", type=count, default=4, help="rank of the adapters (4)")
@@ -60,21 +60,21 @@ def make_parser():
     add("--grad-accum", type=count, default=1, help="batches of that size in one step (1)")
     add("--lr", type=number(float, 1e-12), help="the highest learning rate *")
     add("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's (0.01)")
-    add("--warmup", type=number(int, 0), help="steps in which the learning rate rises; then it falls to zero *")
-    add("--label-smoothing", type=part, help="part of a target that is spread over all tokens *")
-    add("--eval-every", type=count, help="steps between looks at held-out data, which save the state *")
+    add("--warmup", type=number(int, 0), help="steps in which the rate rises, before it falls to zero *")
+    add("--label-smoothing", type=part, help="part of a target spread over all tokens *")
+    add("--eval-every", type=count, help="steps between looks at held-out data *")
     add("--seed", type=number(int, 0), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=DTYPES, help="of frozen weights (16 bits if the GPU computes in them)")
     add("--compile", action="store_true", help="slower to start, faster steps")
-    add("--out", type=Path, help="folder for the result, log.csv and an unfinished run (out/MODEL-DATA)")
+    add("--out", type=Path, help="folder for all that a run writes (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
     parser.set_defaults(settings={}, **DEFAULTS["toy"])
     return parser
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a number of this kind, from low to high."""
+    """An argparse type: a number from low to high."""
 
     def parse(text):
         if low <= kind(text) <= high:
@@ -129,17 +129,17 @@ def load_data(name, tokenizer, block_size):
         parts = [encode(read_pairs(name.removeprefix("e2e:")))]
     elif name.endswith(".txt"):
         ids = tokenizer.encode(read_text(name), allowed_special={END})
-        # Pieces that fill the context. They overlap by a token: what one ends with, the next starts from.
+        # Pieces that fill the context: what one ends with, the next starts from.
         parts = [[(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]]
     else:
         raise ValueError(f"no data set '{name}': name toy:all, toy: and one of {', '.join(toy.VOICES)}, e2e, or a file")
 
     fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
     if left_out := sum(map(len, parts)) - sum(map(len, fit)):
-        print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
+        print(f"{name}: left out {left_out} examples, longer than the context of {block_size} tokens")
     if not fit[0]:
-        advice = f"take text of {block_size + 1} tokens or more, shorter pairs, or another base"
-        raise ValueError(f"{name} has no example that fits a context of {block_size}: {advice}")
+        what = f"{name} has no example for a context of {block_size} tokens"
+        raise ValueError(f"{what}: take {block_size + 1} tokens of text, shorter pairs, or another base")
     n = len(fit[0]) - len(fit[0]) // 20
     return fit if len(fit) == 2 else [fit[0][:n], fit[0][n:]]
 
@@ -151,7 +151,7 @@ def encode_pair(tokenizer, prompt, completion):
 
 
 def read_pairs(path):
-    """[(prompt, completion)], of lines {"prompt": ..., "completion": ...} in a .jsonl, prompt||completion elsewhere."""
+    """[(prompt, completion)] of a .jsonl, or of lines prompt||completion. Raises OSError or ValueError."""
     pairs, as_json = [], str(path).endswith(".jsonl")
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
@@ -172,7 +172,7 @@ def read_text(path):
 
 
 def collate(examples, device):
-    """(B, T) inputs on the device, and targets on the CPU. Short examples are padded at the end, without targets."""
+    """(B, T) inputs on the device, and targets on the CPU. Padding, at the end, has no targets."""
     inputs = [torch.tensor(ids[:-1]) for ids, _ in examples]
     targets = [torch.tensor([-100] * (start - 1) + ids[start:]) for ids, start in examples]  # each the next token
     return send(pad_sequence(inputs, True), device), pad_sequence(targets, True, padding_value=-100)
@@ -185,17 +185,16 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
     """Train what requires a gradient, LoRA's A and B or everything, on examples from `load_data`.
 
     args is what `settings` returns. With args.out, that folder gets log.csv and state.pt at every look, and once
-    stopped is not empty, which ends the run; args.resume goes on from there. report(row) gets each new row of the log.
-    An optimizer of your own takes AdamW's place: the rates of its groups are the highest ones.
-    Returns the log, a list of dicts of numbers. Raises FloatingPointError if the loss is not finite.
+    stopped is not empty, which ends the run; args.resume goes on from there. An optimizer of your own takes AdamW's
+    place. Returns the log, a list of dicts of numbers; report(row) gets each when it is new.
+    Raises FloatingPointError if the loss is not finite.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer or torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay)
-    highest = [group["lr"] for group in optimizer.param_groups]
     device, held = model.wte.weight.device, model.wte.weight.dtype
     dtype = getattr(torch, args.dtype) if args.dtype else held
     autocast = torch.autocast(device.type, dtype, enabled=dtype != held)
-    # In float16, small gradients would vanish: they are scaled up, as far as the largest allow.
+    # In float16, small gradients would vanish: they are scaled up.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first, log, losses = load_state(args, model, params, optimizer, scaler) if args.resume else (0, [], 0.0)
     if device.type == "cuda":
@@ -210,8 +209,9 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
 
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
-        for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
-            group["lr"] = lr * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+        for group in optimizer.param_groups:  # a linear rise to the peak, then a linear fall
+            peak = group.setdefault("peak", group["lr"])
+            group["lr"] = peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
         places = (divmod(i, len(examples)) for i in range(step * size, (step + 1) * size))
         batch = [examples[order(epoch)[i]] for epoch, i in places]
@@ -248,10 +248,11 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
         if args.out and (look or stopped):
             state = dict(step=done, log=log, losses=losses, params=params, settings=args.settings)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            text = "".join(",".join(map(str, line)) + "\n" for line in log[:1] + [row.values() for row in log])
+            lines = log[:1] + [row.values() for row in log]  # the names of the columns, which are a row's keys
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
             write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
         if stopped:
-            raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
+            raise KeyboardInterrupt(f"stopped; add --resume to go on from {args.out / 'state.pt'}")
     model.eval()
     return log
 
@@ -318,7 +319,7 @@ def deferred_signals():
 
 
 def describe_base(name):
-    """(GPTConfig, tokenizer) of a base, before its weights are loaded or made. Raises OSError or ValueError."""
+    """(GPTConfig, tokenizer) of a base, which need not be made yet. Raises OSError or ValueError."""
     config, tokenizer = toy.toy_base() if name == "tiny" else (read_config(name), load_tokenizer(name))
     if (n := tokenizer.n_vocab) > config.vocab_size:
         what = f"{name} has {config.vocab_size} tokens, its tokenizer {n}"
@@ -327,7 +328,7 @@ def describe_base(name):
 
 
 def load_base(name, dtype=torch.float32, device="cpu", report=None):
-    """The GPT called `tiny`, which is trained first if it is not there yet, or one that GPT.from_pretrained knows."""
+    """The GPT of this name, in eval mode. `tiny` is trained first if it is not there yet."""
     if name != "tiny":
         return GPT.from_pretrained(name, dtype, device)
     config, tokenizer = toy.toy_base()
@@ -353,7 +354,7 @@ def fingerprint(*things):
 def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed=0, search=None, batch_size=256):
     """What the model writes after each `prompt <|endoftext|>`, up to its own <|endoftext|>: a list of texts.
 
-    It is drawn at the temperature, or found by search(idx): token ids for each of the prompts idx (B, T).
+    They are drawn, or found by search(idx): token ids for each of the prompts idx (B, T).
     """
     device, end, texts, began = model.wte.weight.device, tokenizer.eot_token, {}, time.time()
     generator = torch.Generator(device).manual_seed(seed)
@@ -362,13 +363,13 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
         columns, ended = [], False
         for tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
             columns.append(tokens)
-            ended |= tokens >= end  # what is beyond <|endoftext|>, in a padded vocabulary, has no text either
+            ended |= tokens >= end  # beyond <|endoftext|> a padded vocabulary has no texts
             if ended.all():
                 break
         return torch.stack(columns, dim=1).tolist()
 
     ids = {prompt: tokenizer.encode_ordinary(prompt) + [end] for prompt in prompts}
-    # Prompts of one length need no padding. The longest come first: if memory is short, it shows at once.
+    # Prompts of one length need no padding. The longest come first: short memory shows at once.
     for _, group in groupby(sorted(ids, key=lambda p: -len(ids[p])), lambda p: len(ids[p])):
         while batch := list(islice(group, batch_size)):
             found = (search or draw)(torch.tensor([ids[prompt] for prompt in batch], device=device))
@@ -387,7 +388,7 @@ ADVICE = {"out of memory": LESS, "allocate memory": LESS, "compiler": "leave --c
 
 
 def command(parser, run, args):
-    """Run a command: the one place that turns what its user can do something about into a message of one line."""
+    """Run a command. What its user can do something about becomes a message of one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
@@ -414,7 +415,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The name, or if there is none that of the 16 bits which a GPU computes in natively, and float32 elsewhere."""
+    """The name, or without one that of the 16 bits which a GPU computes in, and float32 elsewhere."""
     if name or device.type != "cuda":
         return name or "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -439,7 +440,7 @@ def run(args):
     args.steps = args.steps or math.ceil(args.epochs * len(data[0]) / (args.batch_size * args.grad_accum))
     args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     if args.warmup >= args.steps:
-        raise ValueError(f"--warmup {args.warmup} takes all of the {args.steps} steps: lower it, or raise --steps")
+        raise ValueError(f"--warmup {args.warmup} is not below --steps {args.steps}: change one")
     base = toy.TINY if args.model == "tiny" else args.model
     name = f"{Path(base).name}-{Path(args.data).stem.replace(':', '-')}" + "-full" * full
     out = args.out = args.out or Path("out", name)
@@ -463,12 +464,12 @@ def run(args):
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]] if voice in toy.VOICES else []
     before = complete(model, tokenizer, prompts, seed=3)  # other draws than afterwards
     size = sum(p.numel() for p in model.parameters())
+    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
-    print(f"{'training' if full else 'LoRA adds'} {trained:,}, {trained / size:.2%}")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them")
     print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
