@@ -182,10 +182,10 @@ def random_examples(n, lengths):
     return [([draw.randrange(97) for _ in range(draw.choice(lengths))], 3) for _ in range(n)]
 
 
-def tiny_model(device="cpu"):
+def tiny_model(device="cpu", n_layer=2):
     torch.manual_seed(0)
     with torch.device(device):
-        model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=2, n_head=4, n_embd=32))
+        model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=n_layer, n_head=4, n_embd=32))
         add_lora(model)
     return model
 
@@ -272,7 +272,7 @@ def test_every_epoch_shows_each_example_once(tmp_path, monkeypatch):
 def test_compiled_blocks_take_lengths_that_vary_without_breaking_their_graphs():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = tiny_model()
+    model = tiny_model(n_layer=12)
     for block in model.h:
         block.compile(backend="eager")
     counters, graphs = torch._dynamo.utils.counters, []
@@ -280,7 +280,8 @@ def test_compiled_blocks_take_lengths_that_vary_without_breaking_their_graphs():
         idx = torch.arange(T)[None]
         model(idx, idx).backward()
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [1, 1, 2, 2, 2, 2, 2]  # for the first length, then for any, whatever the block
+    # One for the first length and one for any; the first block has its own, as its input needs no gradient.
+    assert graphs == [2, 2, 4, 4, 4, 4, 4]
     assert not counters["graph_break"]
 
 
@@ -290,7 +291,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_gpu)])
 def test_a_step_waits_for_the_device_only_where_the_log_gets_a_row(device, monkeypatch):
     # On the meta device tensors have no values: reading one back is an error, as it is on a GPU in this debug mode.
-    args, waits = train.settings(steps=200, batch_size=2, grad_accum=2, eval_every=200), []
+    args, waits = train.settings(steps=20, batch_size=2, grad_accum=2, eval_every=20), []
     if device == "meta":
         monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     model = tiny_model(device)
@@ -302,7 +303,7 @@ def test_a_step_waits_for_the_device_only_where_the_log_gets_a_row(device, monke
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 10  # a row every twentieth step
+    assert len(waits) == 10  # a row every second step
 
 
 @needs_gpu
