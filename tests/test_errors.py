@@ -108,8 +108,8 @@ TRAIN = [
     ("--method dora", "dora", "full"),
     ("--targets c_x", "c_x", "c_q"),
     ("--targets c_q q_proj", "q_proj", "attn.c_proj"),
-    ("--r 0", "--r", "0"),
-    ("--r -4", "--r", "-4"),
+    ("--r 0", "--r", "0 is not from 1"),
+    ("--r -4", "--r", "-4 is not from 1"),
     ("--r 129", "129", "128"),
     ("--r four", "--r", "'four'"),
     ("--alpha 0", "--alpha"),
@@ -161,6 +161,7 @@ SAMPLE = [
 def test_mistakes_get_one_line(command, line, culprits, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "TINY", tmp_path / "out" / "tiny")
+    monkeypatch.setattr(train, "train", None)  # they are found before the work starts
     with pytest.raises(SystemExit) as e:
         command.main(line.format(*[files] * line.count("{}")).split())
     err = capsys.readouterr().err

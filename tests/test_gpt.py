@@ -87,6 +87,20 @@ def test_transformers_loads_what_we_save(tmp_path):
         assert getattr(again.config, key) == getattr(theirs.config, key)
 
 
+def test_a_save_that_fails_leaves_the_earlier_model_with_its_vocabulary(tmp_path, monkeypatch):
+    def fill_the_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4))
+    model.save_pretrained(tmp_path, "a vocabulary")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(gpt, "save_file", fill_the_disk)
+    with pytest.raises(OSError, match="model.safetensors.*disk full"):
+        model.save_pretrained(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_a_model_with_adapters_is_not_saved(tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4))
     model.h[0].attn.c_q.lora_A = torch.nn.Parameter(torch.zeros(1, 4))

@@ -311,6 +311,7 @@ A0, B1 = "transformer.h.0.attn.c_attn.lora_A", "transformer.h.1.attn.c_attn.lora
         (lambda state: state.update({B1: state[B1][:32]}), "h.1.attn.c_q"),
         (lambda state: state.update({B1.replace("h.1", "h.2"): state[B1]}), "h.2.attn.c_attn.lora_B"),
         (lambda state: state.update({"transformer.h.0.mlp.c_fc.lora_A": state[A0]}), "h.0.mlp.c_fc.lora_A"),
+        (lambda state: state.update({A0: state[A0] / 0}), "h.0.attn.c_q"),
         (lambda state: state.update({A0: "a text"}), "AttributeError"),
         (lambda state: state.update({1: state[A0]}), "TypeError"),
         (lambda state: state.update(trap=Trap()), "UnpicklingError"),

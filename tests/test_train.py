@@ -15,7 +15,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import interrupt, make_gpt2
 from safetensors.torch import load_file
 
 import train
@@ -182,6 +182,14 @@ def random_examples(n, lengths):
     return [([draw.randrange(97) for _ in range(draw.choice(lengths))], 3) for _ in range(n)]
 
 
+def tiny_model(device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=2, n_head=4, n_embd=32))
+        add_lora(model)
+    return model
+
+
 def losses(rows):
     return [row["loss"] for row in rows]
 
@@ -233,6 +241,20 @@ def test_the_validation_loss_is_the_mean_over_target_tokens_whatever_the_batch_s
     assert [train.evaluate(model, examples, n) for n in (1, 3, 8, 20)] == pytest.approx([whole] * 4, abs=1e-5)
 
 
+def test_the_loop_saves_and_goes_on_without_the_command(tmp_path):
+    changes = dict(steps=8, eval_every=4, batch_size=2, lr=1e-2)
+    examples, stopped = random_examples(16, (5, 60)), []
+    whole = train.train(tiny_model(), examples, [], train.settings(**changes))
+    args = train.settings(**changes, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):  # as a signal would have it, at step 3
+        train.train(
+            tiny_model(), examples, [], args, lambda row: row["step"] == 3 and stopped.append(1), stopped=stopped
+        )
+    args.resume = True
+    assert losses(train.train(tiny_model(), examples, [], args)) == losses(whole)
+    assert [line.split(",")[0] for line in (tmp_path / "log.csv").read_text().splitlines()] == ["step", *"12345678"]
+
+
 def test_every_epoch_shows_each_example_once(tmp_path, monkeypatch):
     make_gpt2(tmp_path)
     examples, seen, collate = random_examples(10, (6, 7)), [], train.collate
@@ -247,26 +269,19 @@ def test_every_epoch_shows_each_example_once(tmp_path, monkeypatch):
     assert seen[:10] != seen[10:20]
 
 
-def test_compiled_blocks_take_lengths_that_vary_without_breaking_their_graphs(tmp_path):
-    make_gpt2(tmp_path)
-    model = GPT.from_pretrained(tmp_path)
+def test_compiled_blocks_take_lengths_that_vary_without_breaking_their_graphs():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    model = tiny_model()
     for block in model.h:
         block.compile(backend="eager")
-    for T in (20, 7, 31, 64, 12, 50):
+    counters, graphs = torch._dynamo.utils.counters, []
+    for T in (20, 20, 7, 31, 64, 12, 50):
         idx = torch.arange(T)[None]
         model(idx, idx).backward()
-    counters = torch._dynamo.utils.counters
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 2, 2, 2, 2, 2]  # for the first length, then for any, whatever the block
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 2  # for the first length, then for any
-
-
-def tiny_model(device="cpu"):
-    with torch.device(device):
-        model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=2, n_head=4, n_embd=32))
-        add_lora(model)
-    return model
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -317,8 +332,12 @@ def base(tmp_path_factory):
     return folder
 
 
-def command(kind, out, *flags):
-    return f"{TOP / 'train.py'} --model model --data data.jsonl --device cpu --out {out} {RUNS[kind]} {' '.join(flags)}"
+def flags(kind, out, more=""):
+    return f"--model model --data data.jsonl --device cpu --out {out} {RUNS[kind]} {more}"
+
+
+def command(*args):
+    return f"{TOP / 'train.py'} {flags(*args)}"
 
 
 def results(base, out):
@@ -329,23 +348,20 @@ def results(base, out):
     return {name: w.numpy().tobytes() for name, w in load_file(file).items()}, losses
 
 
-def follow(process):
-    """The steps that a run reports, as it reports them."""
-    for line in process.stdout:
-        if line.startswith("step"):
-            yield int(line.split()[1])
+@pytest.fixture(scope="module")
+def whole(base):
+    """What a run that nothing interrupts leaves."""
+    output(base, command("lora", "whole"))
+    return results(base, "whole")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_bit_for_bit(base, stop):
-    output(base, command("lora", "whole"))
-    process = run(base, command("lora", f"parts{stop}"))
-    next(step for step in follow(process) if step >= 8)
-    process.send_signal(stop)
-    assert "--resume" in process.stderr.read() and process.wait() == 130
-    assert (base / f"parts{stop}" / "state.pt").exists()
+def test_an_interrupted_run_goes_on_bit_for_bit(base, whole, stop, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    interrupt(flags("lora", f"parts{stop}"), stop, step=8)
+    assert "--resume" in capsys.readouterr().err and Path(f"parts{stop}", "state.pt").exists()
     output(base, command("lora", f"parts{stop}", "--resume"))
-    assert results(base, f"parts{stop}") == results(base, "whole")
+    assert results(base, f"parts{stop}") == whole
 
 
 @pytest.mark.slow
@@ -353,8 +369,8 @@ def test_twenty_kills_lose_at_most_the_step_under_way(base):
     output(base, command("full", "unkilled"))
     pause, state = random.Random(0), base / "killed" / "state.pt"
     for _ in range(20):
-        process = run(base, command("full", "killed", *(["--resume"] if state.exists() else [])))
-        steps = follow(process)
+        process = run(base, command("full", "killed", "--resume" * state.exists()))
+        steps = (int(line.split()[1]) for line in process.stdout if line.startswith("step"))
         last = next(steps)
         time.sleep(pause.uniform(0, 0.05))
         process.kill()
@@ -365,40 +381,36 @@ def test_twenty_kills_lose_at_most_the_step_under_way(base):
     assert results(base, "killed") == results(base, "unkilled")
 
 
-def test_other_settings_are_refused_and_named(base):
-    process = run(base, command("lora", "other"))
-    next(step for step in follow(process) if step >= 8)
-    process.terminate()
-    process.communicate()
-    for flags, culprit in (("--resume --lr 1", "lr"), ("--resume --seed 5", "seed"), ("", "--resume")):
-        process = run(base, command("lora", "other", flags))
-        _, err = process.communicate()
-        assert process.returncode == 2 and culprit in err and err.count("\n") == 1, err
-    assert (base / "other" / "state.pt").exists()
+def refused(line, capsys):
+    """The message of a run that has to refuse its flags."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        train.main(shlex.split(line))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
+    return err
 
 
-def test_a_full_disk_leaves_the_last_state(base):
-    process = run(base, command("full", "disk"))
-    next(step for step in follow(process) if step >= 4)
-    process.terminate()
-    process.communicate()
-    before = (base / "disk" / "state.pt").read_bytes()
+def test_other_settings_are_refused_and_named(base, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    interrupt(flags("lora", "other"), step=8)
+    for more, culprit in (("--resume --lr 1", "lr = "), ("--resume --seed 5", "seed = "), ("", "--resume")):
+        assert culprit in refused(flags("lora", "other", more), capsys)
+    assert Path("other/state.pt").exists()
+
+
+def test_a_full_disk_leaves_the_last_state(base, monkeypatch, capsys):
     resource = pytest.importorskip("resource", reason="needs limits, which Windows has not")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)  # noqa: E731
-    process = run(base, command("full", "disk", "--resume"), preexec_fn=limit)
-    _, err = process.communicate()
-    assert process.returncode == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
-    assert "disk/state.pt" in err
-    assert (base / "disk" / "state.pt").read_bytes() == before
-    assert sorted(file.name for file in (base / "disk").iterdir()) == ["log.csv", "state.pt"]
-
-
-def test_a_damaged_state_is_refused(base):
-    (base / "damaged").mkdir()
-    (base / "damaged" / "state.pt").write_bytes(b"PK\x03\x04 not a state")
-    process = run(base, command("lora", "damaged", "--resume"))
-    _, err = process.communicate()
-    assert process.returncode == 2 and "state.pt is damaged" in err and err.count("\n") == 1
+    monkeypatch.chdir(base)
+    interrupt(flags("full", "disk"))
+    before, limits = Path("disk/state.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        assert "disk/state.pt" in refused(flags("full", "disk", "--resume"), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path("disk/state.pt").read_bytes() == before
+    assert sorted(file.name for file in Path("disk").iterdir()) == ["log.csv", "state.pt"]
 
 
 def test_full_training_keeps_the_vocabulary(base):
