@@ -153,7 +153,10 @@ class GPT(nn.Module):
         """Logits (B, V) of the token that follows idx (B, T), as in `hidden`. They are float32 whatever the model is:
         near -100, where GPT-2's are, bfloat16 has steps of a half."""
         x = self.hidden(idx, cache, pos)[:, -1].float()
-        return (self.wte.weight.float() @ x.T).T  # for few rows the faster way round on a CPU
+        logits = (self.wte.weight.float() @ x.T).T  # for few rows the faster way round on a CPU
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite numbers: the model or its adapter is damaged")
+        return logits
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):

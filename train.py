@@ -8,6 +8,7 @@ From top to bottom: the settings, the data sets, the training loop, the base, th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -18,12 +19,12 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
-from itertools import groupby, islice, takewhile
+from itertools import count, groupby, islice, takewhile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads soon leave their core to other runs
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads of torch that wait soon leave their core to other runs
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds: Ctrl-C ends them without a traceback
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -43,37 +44,37 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser():
-    # Without a usage line, longer than a screen, argparse's errors are one line.
+    # Without a usage line, which would be longer than a screen, argparse's errors are one line.
     about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
     parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about)
-    add, count, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
+    add, whole, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
-    add("--r", type=count, default=4, help="rank of the adapters (4)")
+    add("--r", type=whole, default=4, help="rank of the adapters (4)")
     add("--alpha", type=number(float, 1e-6), default=32, help="alpha / r scales what the adapters add (32)")
     add("--lora-dropout", type=part, help="dropout on the adapters' input *")
     add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v: query and value)")
-    add("--steps", type=count, help="how often the weights are updated *")
-    add("--batch-size", type=count, help="examples that are computed at a time *")
-    add("--grad-accum", type=count, default=1, help="batches of that size in one step (1)")
+    add("--steps", type=whole, help="how often the weights are updated *")
+    add("--batch-size", type=whole, help="examples that are computed at a time *")
+    add("--grad-accum", type=whole, default=1, help="batches of that size in one step (1)")
     add("--lr", type=number(float, 1e-12), help="the highest learning rate *")
     add("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's (0.01)")
     add("--warmup", type=number(int, 0), help="steps in which the rate rises, before it falls to zero *")
-    add("--label-smoothing", type=part, help="part of a target spread over all tokens *")
-    add("--eval-every", type=count, help="steps between looks at held-out data *")
+    add("--label-smoothing", type=part, help="part of a target that is spread over all tokens *")
+    add("--eval-every", type=whole, help="steps between looks at held-out data, which save the state *")
     add("--seed", type=number(int, 0), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=DTYPES, help="of frozen weights (16 bits if the GPU computes in them)")
     add("--compile", action="store_true", help="slower to start, faster steps")
-    add("--out", type=Path, help="folder for all that a run writes (out/MODEL-DATA)")
+    add("--out", type=Path, help="folder for the result, log.csv and an unfinished run (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.set_defaults(**DEFAULTS["toy"])
+    parser.set_defaults(settings={}, **DEFAULTS["toy"])
     return parser
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a number from low to high."""
+    """An argparse type: a number of this kind, from low to high."""
 
     def parse(text):
         if low <= kind(text) <= high:
@@ -135,10 +136,10 @@ def load_data(name, tokenizer, block_size):
 
     fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
     if left_out := sum(map(len, parts)) - sum(map(len, fit)):
-        print(f"{name}: left out {left_out} examples, longer than the context of {block_size} tokens")
+        print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
     if not fit[0]:
-        what = f"{name} has no example for a context of {block_size} tokens"
-        raise ValueError(f"{what}: take {block_size + 1} tokens of text, shorter pairs, or another base")
+        advice = f"take text of {block_size + 1} tokens or more, shorter pairs, or another base"
+        raise ValueError(f"{name} has no example that fits a context of {block_size}: {advice}")
     n = len(fit[0]) - len(fit[0]) // 20
     return fit if len(fit) == 2 else [fit[0][:n], fit[0][n:]]
 
@@ -180,13 +181,13 @@ def collate(examples, device):
 # ---- The training loop ----
 
 
-def train(model, examples, held_out, args, report=None, optimizer=None):
+def train(model, examples, held_out, args, report=None, optimizer=None, stopped=()):
     """Train what requires a gradient, LoRA's A and B or everything, on examples from `load_data`.
 
-    args is what `settings` returns. With args.out, that folder gets log.csv and state.pt, at every look and when a
-    signal ends the run; args.resume goes on from there. An optimizer of your own takes AdamW's place.
-    Returns the log, a list of dicts of numbers; report(row) gets each when it is new.
-    Raises FloatingPointError if the loss is not finite.
+    args is what `settings` returns. With args.out, that folder gets log.csv and state.pt at every look, and once
+    stopped is not empty, which ends the run; args.resume goes on from there. report(row) gets each new row of the log.
+    An optimizer of your own takes AdamW's place: the rates of its groups are the highest ones.
+    Returns the log, a list of dicts of numbers. Raises FloatingPointError if the loss is not finite.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer or torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay)
@@ -195,29 +196,26 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != held)
     # In float16, small gradients would vanish: they are scaled up.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first, log, losses = 0, [], 0.0
-    if args.resume:
-        state = load_state(args)
-        first, log, losses = state["step"], state["log"], state["losses"]
-        model.load_state_dict(state["params"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    first, log, losses = load_state(args, model, params, optimizer, scaler) if args.resume else (0, [], 0.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     model.train()
-    stopped = catch_signals() if args.out else ()
     steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
-    # Epoch after epoch, the examples in a new order.
-    draw, epochs = torch.Generator().manual_seed(args.seed), math.ceil(steps * size / len(examples))
-    order = torch.cat([torch.randperm(len(examples), generator=draw) for _ in range(epochs)])
+
+    def shuffled():  # which example is next, epoch after epoch in a new order
+        for epoch in count():
+            draw = torch.Generator().manual_seed(args.seed + epoch)
+            yield from torch.randperm(len(examples), generator=draw).tolist()
+
+    order = islice(shuffled(), first * size, None)
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
         for group in optimizer.param_groups:  # a linear rise to the peak, then a linear fall
             peak = group.setdefault("peak", group["lr"])
             group["lr"] = peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
-        batch = [examples[i] for i in order[step * size : (step + 1) * size]]
+        batch = [examples[i] for i in islice(order, size)]
         parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, size, args.batch_size)]
         n = sum((targets >= 0).sum() for _, targets in parts)
         for idx, targets in parts:
@@ -251,11 +249,10 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
         if args.out and (look or stopped):
             state = dict(step=done, log=log, losses=losses, params=params, settings=args.settings)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            lines = log[:1] + [row.values() for row in log]  # the names of the columns, which are a row's keys
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            text = "".join(",".join(map(str, line)) + "\n" for line in log[:1] + [row.values() for row in log])
             write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
         if stopped:
-            raise KeyboardInterrupt(f"stopped; add --resume to go on from {args.out / 'state.pt'}")
+            raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
     model.eval()
     return log
 
@@ -280,28 +277,42 @@ def print_row(row):
     print(f"{line}  {timedelta(seconds=round(row['seconds_left']))} left", flush=True)
 
 
-def load_state(args):
-    """What an interrupted run has saved. Raises OSError, or ValueError (damaged, of another run)."""
+def load_state(args, model, params, optimizer, scaler):
+    """Put back what an interrupted run has saved: (its step, log, sum of losses). Raises OSError or ValueError."""
     file = args.out / "state.pt"
     file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         then = state["settings"]
         other = [f"{key} = {then[key]}" for key, value in args.settings.items() if then[key] != value]
+        if not other:
+            model.load_state_dict({name: state["params"][name] for name in params}, strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            return int(state["step"]), list(state["log"]), state["losses"]
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
-    if other:
-        raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
-    return state
+    raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
 
 
-def catch_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into: the step under way can end. A second one ends the run."""
-    caught = []
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # which is what nohup asks for
-            signal.signal(getattr(signal, name), lambda n, _: caught.append(signal.signal(n, signal.SIG_DFL)))
-    return caught
+@contextlib.contextmanager
+def deferred_signals():
+    """A list that Ctrl-C, SIGTERM or SIGHUP goes into, so that the step under way can end. A second one ends it."""
+    caught, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # not on Windows
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore(*number_and_frame):
+        caught.extend(number_and_frame)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:  # which is what nohup asks for
+            signal.signal(number, restore)
+    try:
+        yield caught
+    finally:
+        restore()
 
 
 # ---- The base ----
@@ -372,11 +383,12 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
 # ---- The command ----
 
-ADVICE = {"memory": "lower --batch-size, or take a smaller --model", "compile": "leave --compile out"}
+LESS = "lower --batch-size, or take a smaller --model"
+ADVICE = {"out of memory": LESS, "allocate memory": LESS, "compiler": "leave --compile out"}  # by torch's own words
 
 
 def command(parser, run, args):
-    """Run a command. What its user can do something about becomes a message of one line."""
+    """Run a command: the one place that turns what its user can do something about into a message of one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
@@ -386,7 +398,7 @@ def command(parser, run, args):
         parser.exit(130, f"\n{parser.prog}: {str(e) or 'stopped'}\n")
     except (OSError, ValueError, FloatingPointError) as e:
         parser.error(" ".join(str(e).split()))
-    except RuntimeError as e:  # torch's own
+    except RuntimeError as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())
         for word, advice in ADVICE.items():
             if word in message.lower():
@@ -403,7 +415,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The name, or without one that of the 16 bits which a GPU computes in, and float32 elsewhere."""
+    """The name, or if there is none that of the 16 bits which a GPU computes in natively, and float32 elsewhere."""
     if name or device.type != "cuda":
         return name or "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -436,13 +448,15 @@ def run(args):
         raise ValueError(f"--out {out} is the base: name another")
     state = out / "state.pt"
     if state.exists() != args.resume:
-        advice = "not there: leave --resume out" if args.resume else "unfinished: add --resume, or delete it"
-        raise ValueError(f"{state} is {advice}")
+        what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
+        raise ValueError(f"{state} is {what}")
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    out.mkdir(parents=True, exist_ok=True)
     # A run that goes on must have these in common with the one that was interrupted.
-    elsewhere = ("out", "resume", "device", "compile")
+    elsewhere = ("out", "resume", "device", "compile", "settings")
     args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
     args.settings["hash of the data"] = fingerprint(data)
     args.settings["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
@@ -450,17 +464,18 @@ def run(args):
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]] if voice in toy.VOICES else []
     before = complete(model, tokenizer, prompts, seed=3)  # other draws than afterwards
     size = sum(p.numel() for p in model.parameters())
-    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
+    print(f"{'training' if full else 'LoRA adds'} {trained:,}, {trained / size:.2%}")
     print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
 
-    train(model, *data, args, print_row)
+    with deferred_signals() as stopped:
+        train(model, *data, args, print_row, stopped=stopped)
     if full:
         model.save_pretrained(out, own_vocabulary(base))
     else:
