@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -41,16 +40,7 @@ def from_scale(monkeypatch):
     return lambda scale: monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=scale))
 
 
-@pytest.fixture
-def signals():
-    """Leaves the signals as they were: a run that saves its state catches them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def fit(base, method="lora", dtype="float16", report=None, optimizer=None, **changes):
+def fit(base, method="lora", dtype="float16", report=None, optimizer=None, stopped=(), **changes):
     """(trained parameters, log) of a run that looks at every step; the base is held as train.py holds it."""
     full = method == "full"
     model = GPT.from_pretrained(base / "model", torch.float32 if full else getattr(torch, dtype))
@@ -60,9 +50,9 @@ def fit(base, method="lora", dtype="float16", report=None, optimizer=None, **cha
     params = [p.requires_grad_() for p in model.parameters() if full or p.requires_grad]
     data = train.load_data(str(base / "data.jsonl"), train.load_tokenizer(base / "model"), 128)
     recipe = dict(steps=20, batch_size=4, warmup=2, eval_every=1, lr=1e-3 if full else 5e-3)
-    args = train.settings(dtype=dtype, settings={}, **recipe | changes)
+    args = train.settings(dtype=dtype, **recipe | changes)
     optimizer = optimizer and optimizer(params)
-    log = train.train(model, *data, args, report and functools.partial(report, params), optimizer)
+    log = train.train(model, *data, args, report and functools.partial(report, params), optimizer, stopped)
     return params, log
 
 
@@ -99,12 +89,12 @@ def test_steps_that_overflow_are_skipped_and_survived(base, method, from_scale):
     assert taken == {len(log) - 1 - n}  # what AdamW has seen: the skipped steps taught it nothing
 
 
-def test_a_run_that_goes_on_has_its_scale_bit_for_bit(base, tmp_path, from_scale, signals):
+def test_a_run_that_goes_on_has_its_scale_bit_for_bit(base, tmp_path, from_scale):
     from_scale(2.0**25)
     whole, log = fit(base)
-    stop = lambda params, row: row["step"] == 12 and signal.raise_signal(signal.SIGTERM)  # noqa: E731
+    stopped = []
     with pytest.raises(KeyboardInterrupt):
-        fit(base, report=stop, out=tmp_path)
+        fit(base, report=lambda params, row: row["step"] == 12 and stopped.append(True), stopped=stopped, out=tmp_path)
     scale = torch.load(tmp_path / "state.pt", weights_only=True)["scaler"]["scale"]
     from_scale(2.0**40)  # from which it could not come down in the steps that are left
     parts, resumed = fit(base, out=tmp_path, resume=True)
