@@ -206,7 +206,8 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
 
     @lru_cache(2)
     def order(epoch):  # of the examples: each epoch has another
-        return torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed * 10**9 + epoch)).tolist()
+        draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
+        return torch.randperm(len(examples), generator=draw).tolist()
 
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
