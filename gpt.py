@@ -211,13 +211,13 @@ class GPT(nn.Module):
             parts.setdefault(re.sub(r"\.c_[qkv]\.", ".c_attn.", f"transformer.{name}"), []).append(w)
         tensors = {name: as_stored(name, torch.cat(ws)).contiguous() for name, ws in parts.items()}
         files = {
-            dir / "config.json": lambda tmp: tmp.write_text(json.dumps(settings, indent=2)),
+            dir / "config.json": json.dumps(settings, indent=2),
             dir / "model.safetensors": lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}),
         }
         if vocabulary is None:
             (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
         else:
-            files[dir / "vocab.tiktoken"] = lambda tmp: tmp.write_text(vocabulary)
+            files[dir / "vocab.tiktoken"] = vocabulary
         write_whole(files)
 
 
@@ -407,17 +407,18 @@ def download(url, file, sha256=None, check=lambda tmp: None):
 
 
 def write_whole(files):
-    """Write several files, each whole or not at all: call write(tmp) for each {path: write}, then rename all.
-
-    The temporary names belong to this process. Raises OSError that names the path.
-    """
+    """Write files {path: text, or a function that writes to a path}, each whole or not at all: all get temporary names,
+    which belong to this process, then their own. Raises OSError that names the path."""
     tmps = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, tmp in tmps.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             tmp.touch()
             mode = tmp.stat().st_mode  # what the user's umask asks for: some writers give less
-            files[path](tmp)
+            if callable(files[path]):
+                files[path](tmp)
+            else:
+                tmp.write_text(files[path], encoding="utf-8")
             tmp.chmod(mode)
         for path, tmp in tmps.items():
             tmp.replace(path)

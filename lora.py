@@ -136,8 +136,7 @@ def save_lora(model, dir):
     config["rank_pattern"] = {name: n for name, n in r.items() if n != config["r"]}
     config["alpha_pattern"] = {name: n for name, n in alpha.items() if n != config["lora_alpha"]}
     files = {Path(dir, "adapter_model.safetensors"): lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})}
-    files[Path(dir, "adapter_config.json")] = lambda tmp: tmp.write_text(json.dumps(config, indent=2))
-    write_whole(files)
+    write_whole(files | {Path(dir, "adapter_config.json"): json.dumps(config, indent=2)})
 
 
 def load_lora(model, path):

@@ -8,7 +8,6 @@ From top to bottom: the settings, the data sets, the training loop, the base and
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -25,7 +24,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds: Ctrl-C ends them without a traceback
 
 import torch
-from safetensors import SafetensorError
 
 from gpt import END, GPT, PRETRAINED, download, load_tokenizer, own_vocabulary, read_config, send, write_whole
 from lora import add_lora, save_lora
@@ -118,27 +116,35 @@ def load_data(name, tokenizer, block_size):
     kind, _, rest = name.partition(":")
     if kind == "toy" and rest in [*toy.VOICES, "all"]:
         voices = toy.VOICES if rest == "all" else [rest]
-        pairs = [toy.toy_pairs(restaurants, voices) for restaurants in toy.toy_world()]
+        parts = [toy.toy_pairs(restaurants, voices) for restaurants in toy.toy_world()]
     elif kind == "e2e":
-        pairs = [read_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
+        parts = [read_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
     elif name.endswith(".jsonl"):
-        pairs = [read_pairs(name)]
-    elif name.endswith(".txt"):  # in pieces that fill the context: what one ends with, the next starts from
-        ids, pairs = tokenizer.encode(read_text(name), allowed_special={END}), []
-        pieces = [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
+        parts = [read_pairs(name)]
+    elif name.endswith(".txt"):
+        return hold_out(text_blocks(name, tokenizer, block_size))
     else:
-        voices = ", ".join(f"toy:{voice}" for voice in [*toy.VOICES, "all"])
-        raise ValueError(f"no data set '{name}': name {voices}, e2e, or a file that ends with .jsonl or .txt")
-    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in pairs] or [pieces]
+        raise ValueError(f"no data set '{name}': name toy:all, toy: and one of {', '.join(toy.VOICES)}, e2e, or a file")
+    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
     fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
     if left_out := sum(map(len, parts)) - sum(map(len, fit)):
         print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
     if not fit[0]:
-        raise ValueError(
-            f"{name} has nothing for this context: texts of {block_size + 1} tokens or more, pairs of at most as many"
-        )
-    n = len(fit[0]) - len(fit[0]) // 20
-    return fit if len(fit) == 2 else [fit[0][:n], fit[0][n:]]
+        raise ValueError(f"{name} has no example that fits in the base's context of {block_size} tokens")
+    return fit if len(fit) == 2 else hold_out(fit[0])
+
+
+def hold_out(examples):
+    n = len(examples) - len(examples) // 20
+    return [examples[:n], examples[n:]]
+
+
+def text_blocks(path, tokenizer, block_size):
+    """Plain text in pieces that fill the context. They overlap by a token: what one ends with, the next starts from."""
+    ids = tokenizer.encode(read_text(path), allowed_special={END})
+    if len(ids) <= block_size:
+        raise ValueError(f"{path} has {len(ids)} tokens, and one example takes {block_size + 1}: add text")
+    return [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
 
 
 def encode_pair(tokenizer, prompt, completion):
@@ -215,20 +221,18 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    @functools.lru_cache(2)
-    def order(epoch):
-        return torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-
     model.train()
     stopped = catch_signals() if args.out else ()
-    steps, warmup = args.steps, min(500, args.steps // 10) if args.warmup is None else args.warmup
-    size, tokens, began, last = args.batch_size * args.grad_accum, 0, time.time(), time.time()
+    steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
+    # Epoch after epoch, the examples in a new order.
+    draw, epochs = torch.Generator().manual_seed(args.seed), math.ceil(steps * size / len(examples))
+    order = torch.cat([torch.randperm(len(examples), generator=draw) for _ in range(epochs)])
+    tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
         for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
             group["lr"] = lr * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
-        places = [divmod(i, len(examples)) for i in range(step * size, (step + 1) * size)]
-        batch = [examples[order(epoch)[i]] for epoch, i in places]
+        batch = [examples[i] for i in order[step * size : (step + 1) * size]]
         for part in (batch[i : i + args.batch_size] for i in range(0, size, args.batch_size)):
             with autocast:
                 loss = model(*collate(part, device), args.label_smoothing)
@@ -248,9 +252,9 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done}: start again with a --lr below {args.lr}")
         if logging:
-            row = dict(step=done, loss=loss, val_loss=None, lr=optimizer.param_groups[0]["lr"])
+            row = dict(step=done, loss=loss, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
             row["tokens_per_s"] = tokens / (time.time() - last)
-            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
             row["seconds_left"] = (time.time() - began) / (done - first) * (steps - done)
             if look and held_out:
                 with autocast:
@@ -259,14 +263,12 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
             losses, tokens, last = 0.0, 0, time.time()
             if report:
                 report(row)
-            if args.out:
-                lines = [row, *({key: "" if x is None else x for key, x in row.items()}.values() for row in log)]
-                text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-                write_whole({args.out / "log.csv": lambda tmp, text=text: tmp.write_text(text)})
         if args.out and (look or stopped):
-            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params])
-            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), settings=remembered(args))
-            write_whole({args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)})
+            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params], settings=args.settings)
+            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            lines = [",".join(map(str, line)) for line in (log[:1] + [row.values() for row in log])]
+            save = {args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)}
+            write_whole(save | {args.out / "log.csv": "\n".join(lines) + "\n"})
         if stopped:
             raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
     model.eval()
@@ -287,14 +289,9 @@ def evaluate(model, examples, batch_size):
 def print_row(row):
     minutes, seconds = divmod(round(row["seconds_left"]), 60)
     line = f"step {row['step']:5}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_s']:6,.0f} tokens/s"
-    line += "" if row["memory_gb"] is None else f"  {row['memory_gb']:.2f} GB"
-    line += "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
+    line += "" if math.isnan(row["memory_gb"]) else f"  {row['memory_gb']:.2f} GB"
+    line += "" if math.isnan(row["val_loss"]) else f"  val loss {row['val_loss']:.4f}"
     print(f"{line}  {minutes}:{seconds:02} left", flush=True)
-
-
-def remembered(args):
-    """The settings that a run that goes on must share with the one that was interrupted."""
-    return {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
 
 
 def load_state(args):
@@ -302,15 +299,15 @@ def load_state(args):
     file = args.out / "state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        differs = [(key, state["settings"][key], value) for key, value in remembered(args).items()]
+        other = [key for key, value in args.settings.items() if state["settings"][key] != value]
         [state[key] for key in ("step", "log", "losses", "params", "optimizer", "scaler")]
     except OSError:
         raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
-    for key, then, now in differs:
-        if then != now:
-            raise ValueError(f"{file} is of a run with {key} = {then}, not {now}: resume with the settings it had")
+    if other:
+        then = ", ".join(f"{key} = {state['settings'][key]}" for key in other)
+        raise ValueError(f"{file} is of a run with {then}: go on with what it had")
     return state
 
 
@@ -322,10 +319,9 @@ def describe_base(name):
     if name == "tiny":
         return toy.toy_base()
     config, tokenizer = read_config(name), load_tokenizer(name)
-    if tokenizer.n_vocab > config.vocab_size:
+    if (n := tokenizer.n_vocab) > config.vocab_size:
         raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, and this tokenizer has {tokenizer.n_vocab}: "
-            "put the model's own vocab.tiktoken into its folder"
+            f"{name} has {config.vocab_size} tokens, its tokenizer {n}: put its own vocab.tiktoken beside it"
         )
     return config, tokenizer
 
@@ -343,7 +339,7 @@ def load_base(name, dtype=torch.float32, device="cpu", report=None):
         model = GPT(config)
         train(model, *data, settings(**toy.TINY_RECIPE), report)
         model.save_pretrained(toy.TINY, toy.toy_vocabulary())
-        write_whole({made_by: lambda tmp: tmp.write_text(recipe)})
+        write_whole({made_by: recipe})
     try:
         return GPT.from_pretrained(toy.TINY, dtype, device)
     except (OSError, ValueError) as e:
@@ -396,7 +392,7 @@ def command(parser, run, args):
         run(args)
     except KeyboardInterrupt as e:
         parser.exit(130, f"\n{parser.prog}: {e if e.args else 'stopped'}\n")
-    except (OSError, ValueError, FloatingPointError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as e:
         message = " ".join(str(e).split())
         if isinstance(e, RuntimeError):
             if "memory" in message:  # a GPU's or the machine's
@@ -475,27 +471,27 @@ def run(args):
     if state.exists() != args.resume:
         what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
         raise ValueError(f"{state} is {what}")
-    parent = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    size = sum(p.numel() for p in model.parameters())
-    args.trained_on = fingerprint(data)
-    args.started_from = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    out.mkdir(parents=True, exist_ok=True)
+    # A run that goes on must have these in common with the one that was interrupted.
+    elsewhere = ("out", "resume", "device", "compile")
+    args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
+    args.settings["examples"] = fingerprint(data)
+    args.settings["weights"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     comparing = kind == "toy" and voice != "all"
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]]
     before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards
+    size = sum(p.numel() for p in model.parameters())
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = "all weights" if full else f"LoRA, r = {args.r} and alpha = {args.alpha:g} on {' '.join(args.targets)}"
-    print(f"base      {args.model}: {size:,} parameters, {str(model.wte.weight.dtype)[6:]}, on {device}")
-    print(f"data      {args.data}: {len(data[0]):,} examples, and {len(data[1]):,} held out")
-    print(f"method    {what}: {trained:,} parameters, {trained / size:.2%} of the base's")
-    keys = "steps batch_size grad_accum lr warmup weight_decay label_smoothing lora_dropout eval_every seed".split()
-    print(f"settings  {', '.join(f'{key} {getattr(args, key)}' for key in keys)}\n")
+    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
+    print(
+        f"{trained:,} of them are trained" if full else f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them"
+    )
+    print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
 
