@@ -1,14 +1,21 @@
 """What the notebooks share: lines that rewrite themselves, a clock for each part, one look for all plots, verdicts,
-and the code, the toy world's task that is all new to the base."""
+the code (the toy world's task that is all new to the base), a fair trial of a method, and adapter layers, which LoRA is
+compared with."""
 
+import copy
+import math
 import statistics
 import time
 
 import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from IPython.display import display
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from notebooks.toy import SLOTS, toy_pairs
+from notebooks.toy import SLOTS, VOICES, in_voice, slots_right, toy_pairs, toy_prompt
+from train import complete, encode_pair, settings, train
 
 
 def ticker():
@@ -101,3 +108,76 @@ def coded_pairs(restaurants):
     """(the restaurant's prompt, the pirate's sentence about the restaurant in code)."""
     pairs = zip(toy_pairs(restaurants, ["pirate"]), toy_pairs(map(in_code, restaurants), ["pirate"]), strict=True)
     return [(prompt, answer) for (prompt, _), (_, answer) in pairs]
+
+
+# A fair trial of methods on two tasks, "the voice" (the pirate's, always) and "the code".
+
+
+def examples_of(task, restaurants, tokenizer, voice="pirate"):
+    pairs = coded_pairs(restaurants) if task == "the code" else toy_pairs(restaurants, [voice])
+    return [encode_pair(tokenizer, *pair) for pair in pairs]
+
+
+def best_loss(examples):
+    """A voice has three sentences, drawn at random: no model can get below ln 3 an example, shared by its tokens."""
+    return math.log(len(VOICES["pirate"]["sentences"])) / statistics.mean(len(ids) - start for ids, start in examples)
+
+
+def score(model, tokenizer, task, restaurants):
+    """The share of the restaurants, in %, whose text is the pirate's and has every fact right, or right in code."""
+    texts = complete(model, tokenizer, [toy_prompt(restaurant) for restaurant in restaurants])
+    facts = map(in_code, restaurants) if task == "the code" else restaurants
+    right = [in_voice(text, "pirate") and slots_right(text, truth) for text, truth in zip(texts, facts, strict=True)]
+    return 100 * sum(right) / len(right)
+
+
+def fit(base, begin, examples, held_out, steps, lr, seed=0, look=None, report=None):
+    """Train a copy of the base, prepared by begin(model): (model, loss on what is held out, above the best possible).
+
+    At each look (all so many steps) report(model, row) is called."""
+    model = copy.deepcopy(base)
+    torch.manual_seed(seed)
+    begin(model)
+    batch_size = min(16, len(examples))
+    how = settings(steps=steps, lr=lr, batch_size=batch_size, warmup=steps // 10, eval_every=look or steps, seed=seed)
+    try:
+        log = train(model, examples, held_out, how, report and (lambda row: report(model, row)))
+    except FloatingPointError:  # the learning rate was far too high
+        return model, math.inf
+    return model, log[-1]["val_loss"] - best_loss(held_out) if held_out else math.nan
+
+
+def search(loss_at, start):
+    """{learning rate: loss_at(it)} on a grid of factors of three, which grows until the lowest loss is inside."""
+    losses = {lr: loss_at(lr) for lr in (start / 3, start, 3 * start)}
+    while (best := best_of(losses)) in (min(losses), max(losses)):
+        lr = best / 3 if best == min(losses) else best * 3
+        losses[lr] = loss_at(lr)
+    return losses
+
+
+def best_of(losses):
+    return min(losses, key=losses.get)
+
+
+class Adapter(nn.Module):
+    """An adapter layer, a bottleneck behind a layer: y + up(relu(down(norm(y)))), y = layer(x). It starts as y."""
+
+    def __init__(self, layer, n_embd, width, norm=False):
+        super().__init__()
+        self.layer, self.norm = layer, nn.LayerNorm(n_embd) if norm else nn.Identity()
+        self.down, self.up = nn.Linear(n_embd, width), nn.Linear(width, n_embd)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, *args):
+        y = self.layer(*args)
+        return y + self.up(F.relu(self.down(self.norm(y))))
+
+
+def add_adapters(model, width, two):
+    """Adapter layers of this width, behind attention and MLP (two, Houlsby's) or the MLP with a LayerNorm (Lin's)."""
+    for block in model.h:
+        block.mlp = Adapter(block.mlp, model.config.n_embd, width, norm=not two)
+        if two:
+            block.attn = Adapter(block.attn, model.config.n_embd, width)
