@@ -39,7 +39,7 @@ class GPTConfig:
     def check_length(self, T):
         """Raises ValueError if T tokens do not fit."""
         if T > self.block_size:
-            raise ValueError(f"{T} tokens exceed the context of {self.block_size}: shorten the text, or ask for less")
+            raise ValueError(f"{T} tokens do not fit in the context of {self.block_size}: shorten it, or ask for less")
 
 
 class Attention(nn.Module):
@@ -153,7 +153,10 @@ class GPT(nn.Module):
         """Logits (B, V) of the token that follows idx (B, T), as in `hidden`. They are float32 whatever the model is:
         near -100, where GPT-2's are, bfloat16 has steps of a half."""
         x = self.hidden(idx, cache, pos)[:, -1].float()
-        return (self.wte.weight.float() @ x.T).T  # for few rows the faster way round on a CPU
+        logits = (self.wte.weight.float() @ x.T).T  # for few rows the faster way round on a CPU
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite numbers: the model or its adapter is damaged")
+        return logits
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
@@ -182,7 +185,7 @@ class GPT(nn.Module):
         """GPT-2 with trained weights, in eval mode.
 
         name_or_dir is a key of PRETRAINED, or a folder with `config.json` and `model.safetensors`.
-        Raises OSError (not found, cannot be downloaded) or ValueError (damaged, or not a GPT-2).
+        Raises OSError (not found, no download) or ValueError (damaged, or not a GPT-2).
         """
         config = read_config(name_or_dir)
         file = find_pretrained(name_or_dir) if name_or_dir in PRETRAINED else Path(name_or_dir, "model.safetensors")
@@ -192,10 +195,9 @@ class GPT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, dir, vocabulary=None):
-        """Write `config.json` and `model.safetensors` into the folder dir, for `from_pretrained` here and for
-        `transformers.GPT2LMHeadModel.from_pretrained`. vocabulary is the text of a `vocab.tiktoken` to put beside
-        them, for a model that has another than GPT-2's.
+        """Write the folder dir, for `from_pretrained` here and `transformers.GPT2LMHeadModel.from_pretrained`.
 
+        vocabulary is the text of its `vocab.tiktoken`, if the model has another vocabulary than GPT-2's.
         Raises ValueError if the model has other parameters than GPT-2's, as one with unmerged adapters has.
         """
         config, weights, dir = self.config, self.state_dict(), Path(dir)
@@ -203,34 +205,30 @@ class GPT(nn.Module):
             if other := weights.keys() ^ GPT(config).state_dict().keys():
                 raise ValueError(f"not a plain GPT-2, because of {min(other)}: merge adapters before saving")
         settings = {stored: getattr(config, ours) for ours, stored in SIZES.items()} | GPT2_SETTINGS
-        settings |= {f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")}
-        settings |= {f"{part}_token_id": config.vocab_size - 1 for part in ("bos", "eos")}
+        settings |= dict(bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
         settings["architectures"] = ["GPT2LMHeadModel"]
         parts = {}
         for name, w in weights.items():
             parts.setdefault(re.sub(r"\.c_[qkv]\.", ".c_attn.", f"transformer.{name}"), []).append(w)
         tensors = {name: as_stored(name, torch.cat(ws)).contiguous() for name, ws in parts.items()}
-        files = {
-            dir / "config.json": json.dumps(settings, indent=2),
-            dir / "model.safetensors": lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}),
-        }
-        if vocabulary is None:
-            (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
-        else:
+        files = {dir / "config.json": json.dumps(settings, indent=2)}
+        files[dir / "model.safetensors"] = lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})
+        if vocabulary is not None:
             files[dir / "vocab.tiktoken"] = vocabulary
         write_whole(files)
+        if vocabulary is None:
+            (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The mean cross-entropy of softmax(x Wᵀ) with the targets, a few rows of logits at a time.
 
-    The logits of 8 x 512 tokens of GPT-2 are 0.8 GB, and their gradient is as large again. But that gradient
-    is known as soon as the logits are:
+    The logits of 8 x 512 tokens of GPT-2 are 0.8 GB, and so is their gradient. But that is known as soon as they are:
 
         d loss / d logits = (softmax(logits) - target distribution) / N
 
-    So the forward pass takes a few rows, computes their logits, their part of the loss and at once their part
-    of d loss / d x, and forgets the logits. Nothing is computed twice; the backward pass has only to scale.
+    So the forward pass takes a few rows, computes their logits, their part of the loss and of d loss / d x, and
+    forgets the logits. Nothing is computed twice; the backward pass has only to scale.
     The target distribution is 1 - label_smoothing on the target, with label_smoothing spread evenly over V.
     """
 
@@ -276,7 +274,7 @@ def send(t, device):
     return t.to(device)
 
 
-# ---- Files: OpenAI's weights, where they are and how they are stored ----------------------------------------
+# ---- Files: OpenAI's weights, where they are and how they are stored ----
 
 PRETRAINED = {
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
@@ -296,16 +294,10 @@ SHA256 = {  # of model.safetensors, where we know it
 }
 # What config.json calls the sizes, and what else it must say: a model with other settings is not GPT-2.
 SIZES = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-GPT2_SETTINGS = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "n_inner": None,  # four times n_embd
-}
+GPT2_SETTINGS = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
+GPT2_SETTINGS |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+GPT2_SETTINGS |= dict(add_cross_attention=False, tie_word_embeddings=True)
+PATIENCE = 30  # seconds in which a server has to say something
 
 
 def as_stored(name, w):
@@ -325,13 +317,11 @@ def read_config(name_or_dir):
         saved = json.loads(file.read_bytes())
         sizes = {ours: saved[stored] for ours, stored in SIZES.items()}
         for key, value in GPT2_SETTINGS.items():
-            if saved.get(key, value) != value and not (key == "n_inner" and saved[key] == 4 * saved["n_embd"]):
+            if saved.get(key, value) != value and (key, saved[key]) != ("n_inner", 4 * saved["n_embd"]):
                 raise ValueError(f"{key} is {saved[key]!r}, and GPT-2's is {value!r}")
-        for ours, size in sizes.items():
-            if type(size) is not int or not 0 < size < (2**10 if ours == "n_layer" else 2**20):
-                raise ValueError(f"{SIZES[ours]} is {size!r}, not a sensible size")
-        if sizes["n_embd"] % sizes["n_head"]:
-            raise ValueError(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
+        sane = all(type(n) is int and 0 < n < 2**20 for n in sizes.values()) and sizes["n_layer"] < 2**10
+        if not sane or sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"its sizes cannot be: {sizes}")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{file} does not describe a GPT-2: {e}") from None
     return GPTConfig(**sizes)
@@ -346,20 +336,25 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
         expected = GPT(config).state_dict()
     weights = {}
     try:
+        open(file, "rb").close()  # says why, if it cannot be read
         with safe_open(file, "pt") as f:
             names = [*f.keys()]
+            tied = [f.get_tensor(name) for name in names if name.endswith(("wte.weight", "lm_head.weight"))]
+            if not all(torch.equal(tied[0], w) for w in tied[1:]):
+                raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
         for stored in names:
-            name, skip = stored.removeprefix("transformer."), (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-            if name.endswith(skip):  # the causal mask, in older files, and wte once more
-                continue
+            name = stored.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                continue  # the causal mask, in older files, and wte once more
             parts = ["c_q", "c_k", "c_v"] if ".c_attn." in name else ["c_attn"]
             with safe_open(file, "pt") as f:  # anew for each: what was mapped for the last one is let go
                 ws = torch.atleast_1d(as_stored(name, f.get_tensor(stored))).chunk(len(parts))
-                for name, w in zip([name.replace("c_attn", part) for part in parts], ws, strict=False):
-                    wanted = [*expected[name].shape] if name in expected else "not GPT-2's"
+                for part, w in zip(parts, ws, strict=False):
+                    ours = name.replace("c_attn", part)
+                    wanted = [*expected[ours].shape] if ours in expected else "not GPT-2's"
                     if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
-                        raise ValueError(f"{file}: {stored} has {name} as {w.dtype} {[*w.shape]}; wanted: {wanted}")
-                    weights[name] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
+                        raise ValueError(f"{file}: {ours} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
+                    weights[ours] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {file}: put model.safetensors there") from None
     except SafetensorError as e:
@@ -387,22 +382,21 @@ def download(url, file, sha256=None, check=lambda tmp: None):
 
     Raises OSError that says what to do by hand, and leaves nothing behind.
     """
-    if file.exists():
-        return file
-    tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    socket.setdefaulttimeout(30)  # seconds in which a server has to say something
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def fetch(tmp):
         torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
         check(tmp)
-        tmp.replace(file)
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another hash
+
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        if not file.exists():
+            write_whole({file: fetch})
+    except (OSError, ValueError, http.client.HTTPException) as e:
         if not file.exists():  # nor has another process brought it in the meantime
-            why = " ".join(str(e).split())
+            why = " ".join(str(e.__cause__ or e).split())
             raise OSError(f"cannot download {url} ({why}): try again, or put the file at {file} by hand") from None
     finally:
         socket.setdefaulttimeout(None)
-        tmp.unlink(missing_ok=True)
     return file
 
 
@@ -422,16 +416,14 @@ def write_whole(files):
             tmp.chmod(mode)
         for path, tmp in tmps.items():
             tmp.replace(path)
-    except torch.OutOfMemoryError:  # a RuntimeError as well
-        raise
     except (OSError, RuntimeError, SafetensorError) as e:  # the last two are how torch and safetensors say: disk full
-        raise OSError(f"cannot write {path} ({e}): make room, or choose another folder") from None
+        raise OSError(f"cannot write {path} ({e}): make room, or choose another folder") from e
     finally:
         for tmp in tmps.values():
             tmp.unlink(missing_ok=True)
 
 
-# ---- The tokenizer -----------------------------------------------------------------------------------------
+# ---- The tokenizer ----
 
 END = "<|endoftext|>"  # GPT-2's one special token: it ends a text, and starts one
 WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # a vocabulary of our own splits text into words, punctuation and white space
@@ -449,10 +441,12 @@ def load_tokenizer(name_or_dir):
     Raises OSError if GPT-2's vocabulary cannot be downloaded, ValueError if the folder's is damaged.
     """
     try:
-        vocabulary = own_vocabulary(name_or_dir)
-        return tiktoken.get_encoding("gpt2") if vocabulary is None else make_tokenizer(vocabulary)
+        if (vocabulary := own_vocabulary(name_or_dir)) is not None:
+            return make_tokenizer(vocabulary)
     except ValueError as e:
         raise ValueError(f"{name_or_dir}/vocab.tiktoken is no vocabulary in tiktoken's format ({e})") from None
+    try:
+        return tiktoken.get_encoding("gpt2")
     except OSError as e:
         why = f"cannot download GPT-2's vocabulary ({type(e).__name__})"
         raise OSError(f"{why}: set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it") from None

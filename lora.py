@@ -1,7 +1,7 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021, arXiv:2106.09685), from scratch.
 
 A pretrained weight W0 (out, in) is frozen. What fine-tuning would add to it is learned as the product of two thin
-matrices, ΔW = B A, where B is (out, r), A is (r, in), and r is much smaller than in and out (section 4.1):
+matrices, ΔW = B A, where B is (out, r), A is (r, in), and r is far below in and out (section 4.1):
 
     h = W0 x + (alpha / r) B A x                                                                (equation 3)
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from gpt import write_whole
 
@@ -32,8 +32,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank r = {r} does not fit a layer of {n_out} x {n_in}: use 1 to {min(n_in, n_out)}")
         self.linear = linear.requires_grad_(False)  # W0
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
-        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). The paper does not say how wide
-        # the Gaussian is; this is as wide as what the authors' code draws.
+        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). A is as wide as in the authors'
+        # code: the paper does not say.
         self.lora_A = nn.Parameter(torch.randn(r, n_in, device=linear.weight.device) / (3 * n_in) ** 0.5)
         self.lora_B = nn.Parameter(torch.zeros(n_out, r, device=linear.weight.device))
         self.train(linear.training)
@@ -87,7 +87,7 @@ def swap(model, layers):
 def merge_lora(model):
     """Turn each LoRALinear into the nn.Linear it was made of, with the weight W0 + ΔW: a plain GPT again (section 4.1).
 
-    The sum is taken in float32, then cast. W0 and the LoRA layers wait in `model.unmerged`, outside the state dict.
+    The sum is in float32, then cast. W0 and the LoRA layers wait in `model.unmerged`, outside the state dict.
     """
     if not (layers := lora_layers(model)):
         raise ValueError("nothing to merge: the model has no LoRA layers, or they are merged already")
@@ -98,7 +98,7 @@ def merge_lora(model):
 
 
 def unmerge_lora(model):
-    """Put the LoRA layers back, with the very W0 they had: subtracting ΔW would give it back only roughly."""
+    """Put the LoRA layers back, with the very W0 they had: subtracting ΔW would only come near."""
     if not hasattr(model, "unmerged"):
         raise ValueError("nothing to unmerge: the model is not merged")
     for name, (layer, W0) in model.unmerged.items():
@@ -142,13 +142,13 @@ def save_lora(model, dir):
 def load_lora(model, path):
     """Put the adapter in the folder path, ours or PEFT's, on the model, in the place of any that it has.
 
-    Raises ValueError if it is not there, damaged, for another base, or asks for what is not built here.
+    Raises ValueError if it is missing, damaged, for another base, or asks for what is not built here.
     """
     put(model, list(read_peft(path)), path)
 
 
 def put(model, adapter, path):
-    """Put an adapter that was read from path, (name, A, B, alpha, dropout) of each layer, on the model."""
+    """Put an adapter from the file path, (name, A, B, alpha, dropout) of each layer, on the model."""
     linears = {name: getattr(m, "linear", m) for name, m in model.named_modules()}
     for name, A, B, alpha, _ in adapter:  # check all before changing any
         shape, linear = (len(B), A.shape[1]), linears.get(name)
@@ -164,7 +164,7 @@ def put(model, adapter, path):
     swap(model, new)
 
 
-# What PEFT's config may say without changing what the adapter computes. Anything else that is set is refused.
+# What PEFT's config may say without changing the adapter. Anything else that is set is refused.
 KNOWN = """r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
     layers_pattern fan_in_fan_out task_type base_model_name_or_path revision auto_mapping inference_mode
     peft_version megatron_core qalora_group_size""".split()
@@ -176,7 +176,7 @@ def read_peft(dir):
     try:
         config = json.loads(Path(dir, "adapter_config.json").read_bytes())
         dropout, patterns = float(config.get("lora_dropout", 0.0)), config.get("alpha_pattern", {})
-        tensors = load_file(Path(dir, "adapter_model.safetensors"))
+        tensors = load(Path(dir, "adapter_model.safetensors").read_bytes())
         for key, value in config.items():
             if key not in KNOWN and value not in HARMLESS and (key, value) != ("init_lora_weights", True):
                 raise ValueError(f"it asks for {key} = {value!r}, which is not built here")
@@ -190,9 +190,9 @@ def read_peft(dir):
             alpha = [a for end, a in patterns.items() if f".{name[1]}".endswith("." + end)] or [config["lora_alpha"]]
             block, _, last = name[1].removeprefix("transformer.").rpartition(".")
             for part, B_part in zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]:
-                # A column of c_attn's B is a part's if it is zero for the others; all zero, it may be anybody's.
+                # A column of c_attn's B is a part's if zero for the others; all zero, it is anybody's.
                 mine = B_part.any(0) | ~B.any(0)
                 if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], float(alpha[0]) * r / len(A), dropout
+                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

@@ -26,7 +26,7 @@ from gpt import END, PRETRAINED, write_whole
 from lora import load_lora, merge_lora, put
 from train import number
 
-# ---- Beam search, as in the paper's code -------------------------------------------------------------------
+# ---- Beam search, as in the paper's code ----
 
 
 @torch.no_grad()
@@ -82,16 +82,15 @@ def block_repeats(logits, written, n):
         logits[row, grams[row, i, -1]] = -torch.inf
 
 
-# ---- A test set: its references, the score -----------------------------------------------------------------
+# ---- A test set: its references, the score ----
 
 
 def read_references(name):
     """{prompt: [reference, ...]} of e2e, e2e:FILE or FILE.jsonl, in the file's order. Raises OSError or ValueError."""
-    kind, _, file = name.partition(":")
-    if kind != "e2e" and not name.endswith(".jsonl"):
+    if name.partition(":")[0] != "e2e" and not name.endswith(".jsonl"):
         raise ValueError(f"--data {name}: name e2e, e2e:FILE or FILE.jsonl")
-    references = {}
-    for prompt, completion in train.read_pairs(name if kind != "e2e" else file or train.e2e_file("test.txt")):
+    references, file = {}, train.e2e_file("test.txt") if name == "e2e" else name.removeprefix("e2e:")
+    for prompt, completion in train.read_pairs(file):
         if not (line := " ".join(completion.split())):
             raise ValueError(f"{name}: an output is compared with the completion of {prompt!r}, which is empty")
         references.setdefault(prompt, []).append(line)
@@ -110,7 +109,7 @@ def bleu(outputs, references):
     return sacrebleu.corpus_bleu(outputs, columns, lowercase=True, smooth_method="none", force=True).score
 
 
-# ---- Microsoft's adapters ----------------------------------------------------------------------------------
+# ---- Microsoft's adapters ----
 
 
 def load_microsoft(model, file):
@@ -122,12 +121,11 @@ def load_microsoft(model, file):
 
     Raises OSError, or ValueError if the file is not such an adapter, or is one for another base.
     """
+    Path(file).open("rb").close()  # can it be read?
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         saved = saved.get("model_state_dict", saved)
         saved = {re.sub(r"^(module\.)?(transformer\.)?", "", name): w.float() for name, w in saved.items()}
-    except OSError:
-        raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged, or holds no tensors ({type(e).__name__}): copy it again") from None
     wanted = {f"h.{i}.attn.c_attn.lora_{part}" for i in range(len(model.h)) for part in "AB"}
@@ -143,30 +141,30 @@ def load_microsoft(model, file):
     put(model, adapter, file)
 
 
-# ---- The command -------------------------------------------------------------------------------------------
+# ---- The command ----
 
 
 def make_parser():
     parser = argparse.ArgumentParser("sample.py", argparse.SUPPRESS, "Let GPT-2, with or without an adapter, write.")
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter, or a FILE.pt that Microsoft published (its alpha is taken to be 32)")
     add("--merge", action="store_true", help="merge the adapter into the base first: the same text, no extra work")
-    add("--max-new-tokens", type=number(int, 1, 10**6), help="tokens at most (200, or as many as fit; with --data 64)")
+    add("--max-new-tokens", type=count, help="tokens at most (200, or as many as fit; with --data 64)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=train.DTYPES, default="float32", help="of the weights (float32)")
     add = parser.add_argument_group("on from a prompt").add_argument
     add("--prompt", help=f"what to write on from; without one, the start of a text, {END}")
     add("--temperature", type=number(float, 0, 100), default=0.7, help="0: the likeliest; 1: draw as trained (0.7)")
-    add("--top-k", type=number(int, 1, 10**6), help="draw among the k likeliest tokens only")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="of the draws (0)")
+    add("--top-k", type=count, help="draw among the k likeliest tokens only")
+    add("--seed", type=number(int, 0), default=0, help="of the draws (0)")
     add = parser.add_argument_group("one output for each input of a test set, by beam search").add_argument
     add("--data", help="e2e, e2e:FILE, or a FILE.jsonl with prompts and completions, which are the references")
     add("--out", type=Path, help="file for the outputs, one a line; the references go into another beside it")
-    add("--beam", type=number(int, 1, 1000), default=10, help="continuations to keep at each step; 1 is greedy (10)")
+    add("--beam", type=count, default=10, help="continuations to keep at each step; 1 is greedy (10)")
     add("--length-penalty", type=number(float, 0, 10), default=0.8, help="log-probability / length ** this (0.8)")
-    add("--no-repeat-ngram", type=number(int, 0, 10**6), default=4, help="tokens that no output has twice; 0: any (4)")
-    add("--batch-size", type=number(int, 1, 10**6), default=16, help="inputs at a time (16)")
+    add("--no-repeat-ngram", type=number(int, 0), default=4, help="tokens that no output has twice; 0: any (4)")
+    add("--batch-size", type=count, default=16, help="inputs at a time (16)")
     return parser
 
 
@@ -178,19 +176,18 @@ def main(argv=None):
 def run(args):
     if args.merge and args.lora is None:
         raise ValueError("--merge: there is nothing to merge without --lora")
-    if args.data and args.prompt is not None:
-        raise ValueError("--data has its own prompts: leave --prompt or --data out")
-    if bool(args.data) != bool(args.out):
-        raise ValueError("--data, the inputs, and --out, the file for the outputs, go together: give both")
+    if bool(args.data) != bool(args.out) or args.data and args.prompt is not None:
+        raise ValueError("give --prompt, or both --data, the inputs, and --out, the file for the outputs")
     device = train.pick_device(args.device)
     config, tokenizer = train.describe_base(args.model)
     if args.data:
         references, beside = read_references(args.data), args.out.with_suffix(".references.txt")
         longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
+        read = train.e2e_file("test.txt") if args.data == "e2e" else args.data.removeprefix("e2e:")
         for out in (args.out, beside):
-            train.refuse_overwriting(out, args.data.removeprefix("e2e:"))
-            if out.suffix != ".txt" or out.exists() and not out.is_file() or not os.access(f"{out.parent}/", os.W_OK):
-                raise ValueError(f"--out {out}: not a .txt file that can be written; name another")
+            fine = out.suffix == ".txt" and (not out.exists() or out.is_file()) and os.access(f"{out.parent}/", os.W_OK)
+            if not fine or out.resolve() == Path(read).resolve():
+                raise ValueError(f"--out {out}: the inputs, or no .txt file that can be written; name another")
     else:
         ids = tokenizer.encode(args.prompt or "", allowed_special={END}) or [tokenizer.eot_token]
         longest = len(ids)
@@ -203,10 +200,8 @@ def run(args):
         merge_lora(model)
     if args.data:
         outputs = search_outputs(model, tokenizer, references, n, args)
-        blocks = [
-            "".join(line + "\n" for line in block) for block in references.values()
-        ]  # as the E2E scorer reads them
-        write_whole({args.out: "".join(line + "\n" for line in outputs), beside: "\n".join(blocks)})
+        blocks = ["\n".join(block) + "\n" for block in references.values()]  # as the E2E scorer reads them
+        write_whole({args.out: "\n".join(outputs) + "\n", beside: "\n".join(blocks)})
         print(f"\n{len(outputs)} outputs in {args.out}, their references in {beside}")
         try:
             print(f"BLEU {bleu(outputs, [*references.values()]):.2f}")

@@ -1,13 +1,14 @@
 """Fine-tune GPT-2 with LoRA (or all of it) on one GPU, or on a laptop's CPU.
 
-    python train.py                                   # no download: the base `tiny` learns to talk like a pirate
-    python train.py --model gpt2 --data e2e           # the paper's task on OpenAI's weights
-    python train.py --model gpt2 --data my.txt        # your own text, or my.jsonl with {"prompt", "completion"}
+    python train.py                                # no download: the base `tiny` learns to talk like a pirate
+    python train.py --model gpt2 --data e2e        # the paper's task on OpenAI's weights
+    python train.py --model gpt2 --data my.txt     # your own text, or my.jsonl with {"prompt", "completion"}
 
-From top to bottom: the settings, the data sets, the training loop, the base and what it writes, the command.
+From top to bottom: the settings, the data sets, the training loop, the base, the command.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -16,67 +17,69 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
+from functools import lru_cache, partial
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads of torch that wait soon leave their core to other runs
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads soon leave their core to other runs
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt import END, GPT, PRETRAINED, download, load_tokenizer, own_vocabulary, read_config, send, write_whole
 from lora import add_lora, save_lora
 from notebooks import toy
 
-# ---- Settings ----------------------------------------------------------------------------------------------
+# ---- Settings ----
 
 DEFAULTS = {  # what depends on the data; for e2e the paper's (its table 11)
     "toy": dict(steps=200, batch_size=32, lr=5e-3, label_smoothing=0.0, lora_dropout=0.0, eval_every=50),
-    "e2e": dict(epochs=5, batch_size=8, lr=2e-4, label_smoothing=0.1, lora_dropout=0.1, eval_every=500),
-    "file": dict(epochs=3, batch_size=8, lr=2e-4, label_smoothing=0.0, lora_dropout=0.0, eval_every=500),
+    "e2e": dict(steps=None, epochs=5, batch_size=8, lr=2e-4, label_smoothing=0.1, lora_dropout=0.1, eval_every=500),
+    "file": dict(steps=None, epochs=3, batch_size=8, lr=2e-4, label_smoothing=0.0, lora_dropout=0.0, eval_every=500),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser():
-    # Without a usage line, which would be longer than a screen, argparse's errors are one line.
-    about = "Fine-tune GPT-2 with LoRA, or all of it, on one GPU or a CPU."
-    epilog = "* The default depends on --data; every run prints what it uses."
-    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about, epilog)
-    add = parser.add_argument
-    add("--model", default="tiny", help=f"the base: tiny (made on the first run), {', '.join(PRETRAINED)}, or a folder")
+    # Without a usage line, longer than a screen, argparse's errors are one line.
+    about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
+    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about)
+    add, count, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
+    add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
-    add("--method", default="lora", choices=["lora", "full"], help="train adapters (the default), or all weights")
-    add("--r", type=number(int, 1, 1e5), default=4, help="rank of the adapters (4)")
-    add("--alpha", type=number(float, 1e-6, 1e6), default=32, help="the adapters' output is scaled by alpha / r (32)")
-    add("--lora-dropout", type=number(float, 0, 0.99), help="dropout on the adapters' input *")
-    add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v, the query and the value)")
-    add("--steps", type=number(int, 1, 1e9), help="how often the weights are updated *")
-    add("--batch-size", type=number(int, 1, 1e6), help="examples that are computed at a time *")
-    add("--grad-accum", type=number(int, 1, 1e6), default=1, help="batches of that size in one step (1)")
-    add("--lr", type=number(float, 1e-12, 1e3), help="the highest learning rate *")
-    add("--weight-decay", type=number(float, 0, 1e3), default=0.01, help="AdamW's (0.01)")
-    add("--warmup", type=number(int, 0, 1e9), help="steps in which the learning rate rises; then it falls to zero *")
-    add("--label-smoothing", type=number(float, 0, 0.99), help="part of each target that is spread over all tokens *")
-    add("--eval-every", type=number(int, 1, 1e9), help="steps between looks at held-out data; each saves the state *")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="of A, the order of the data and the dropout (0)")
+    add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
+    add("--r", type=count, default=4, help="rank of the adapters (4)")
+    add("--alpha", type=number(float, 1e-6), default=32, help="alpha / r scales what the adapters add (32)")
+    add("--lora-dropout", type=part, help="dropout on the adapters' input *")
+    add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v: query and value)")
+    add("--steps", type=count, help="how often the weights are updated *")
+    add("--batch-size", type=count, help="examples that are computed at a time *")
+    add("--grad-accum", type=count, default=1, help="batches of that size in one step (1)")
+    add("--lr", type=number(float, 1e-12), help="the highest learning rate *")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's (0.01)")
+    add("--warmup", type=number(int, 0), help="steps in which the rate rises, before it falls to zero *")
+    add("--label-smoothing", type=part, help="part of a target spread over all tokens *")
+    add("--eval-every", type=count, help="steps between looks at held-out data *")
+    add("--seed", type=number(int, 0), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
-    add("--dtype", choices=DTYPES, help="of frozen weights (on a GPU the 16 bits that it computes in, else float32)")
-    add("--compile", action="store_true", help="compile the model: slower to start, faster steps")
-    add("--out", type=Path, help="folder for the result, log.csv and the state of an unfinished run (out/MODEL-DATA)")
+    add("--dtype", choices=DTYPES, help="of frozen weights (16 bits if the GPU computes in them)")
+    add("--compile", action="store_true", help="slower to start, faster steps")
+    add("--out", type=Path, help="folder for all that a run writes (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.set_defaults(**DEFAULTS["toy"])
+    parser.set_defaults(settings={}, **DEFAULTS["toy"])
     return parser
 
 
-def number(kind, low, high):
-    """An argparse type: a number of this kind, from low to high."""
+def number(kind, low, high=10**9):
+    """An argparse type: a number from low to high."""
 
     def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
 
     return parse
 
@@ -86,7 +89,7 @@ def settings(**changes):
     return argparse.Namespace(**vars(make_parser().parse_args([])) | changes)
 
 
-# ---- Data sets: lists of examples, each (token ids, where the loss starts) ----------------------------------
+# ---- Data sets: lists of examples, each (token ids, where the loss starts) ----
 
 E2E = "https://raw.githubusercontent.com/microsoft/LoRA/c4593f060e6a368d7bb5af5273b8e42810cdef90/examples/NLG/data/e2e/"
 E2E_BLOBS = {  # the ids that git gave the files
@@ -108,43 +111,37 @@ def e2e_file(name):
 
 
 def load_data(name, tokenizer, block_size):
-    """(examples to train on, examples held out) of a data set, none longer than a context of block_size tokens.
+    """(examples to train on, examples held out), all of which fit in a context of block_size tokens.
 
-    name is `toy:` and a voice or `all`, `e2e`, `e2e:FILE`, or a FILE.jsonl or FILE.txt. Where nothing is held out by
-    the data set itself, the last twentieth is. Raises OSError or ValueError.
+    name is what --data can be. Of a single file the last twentieth is held out. Raises OSError or ValueError.
     """
+
+    def encode(pairs):
+        return [encode_pair(tokenizer, *pair) for pair in pairs]
+
     kind, _, rest = name.partition(":")
     if kind == "toy" and rest in [*toy.VOICES, "all"]:
         voices = toy.VOICES if rest == "all" else [rest]
-        parts = [toy.toy_pairs(restaurants, voices) for restaurants in toy.toy_world()]
-    elif kind == "e2e":
-        parts = [read_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
-    elif name.endswith(".jsonl"):
-        parts = [read_pairs(name)]
+        parts = [encode(toy.toy_pairs(restaurants, voices)) for restaurants in toy.toy_world()]
+    elif name == "e2e":
+        parts = [encode(read_pairs(e2e_file(file))) for file in ("train.txt", "valid.txt")]
+    elif kind == "e2e" or name.endswith(".jsonl"):
+        parts = [encode(read_pairs(name.removeprefix("e2e:")))]
     elif name.endswith(".txt"):
-        return hold_out(text_blocks(name, tokenizer, block_size))
+        ids = tokenizer.encode(read_text(name), allowed_special={END})
+        # Pieces that fill the context: what one ends with, the next starts from.
+        parts = [[(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]]
     else:
         raise ValueError(f"no data set '{name}': name toy:all, toy: and one of {', '.join(toy.VOICES)}, e2e, or a file")
-    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
+
     fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
     if left_out := sum(map(len, parts)) - sum(map(len, fit)):
-        print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
+        print(f"{name}: left out {left_out} examples, longer than the context of {block_size} tokens")
     if not fit[0]:
-        raise ValueError(f"{name} has no example that fits in the base's context of {block_size} tokens")
-    return fit if len(fit) == 2 else hold_out(fit[0])
-
-
-def hold_out(examples):
-    n = len(examples) - len(examples) // 20
-    return [examples[:n], examples[n:]]
-
-
-def text_blocks(path, tokenizer, block_size):
-    """Plain text in pieces that fill the context. They overlap by a token: what one ends with, the next starts from."""
-    ids = tokenizer.encode(read_text(path), allowed_special={END})
-    if len(ids) <= block_size:
-        raise ValueError(f"{path} has {len(ids)} tokens, and one example takes {block_size + 1}: add text")
-    return [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
+        what = f"{name} has no example for a context of {block_size} tokens"
+        raise ValueError(f"{what}: take {block_size + 1} tokens of text, shorter pairs, or another base")
+    n = len(fit[0]) - len(fit[0]) // 20
+    return fit if len(fit) == 2 else [fit[0][:n], fit[0][n:]]
 
 
 def encode_pair(tokenizer, prompt, completion):
@@ -154,9 +151,10 @@ def encode_pair(tokenizer, prompt, completion):
 
 
 def read_pairs(path):
-    """[(prompt, completion)], of lines {"prompt": ..., "completion": ...} in a .jsonl, prompt||completion elsewhere."""
+    """[(prompt, completion)] of a .jsonl, or of lines prompt||completion. Raises OSError or ValueError."""
     pairs, as_json = [], str(path).endswith(".jsonl")
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+        line = line.strip()
         try:
             prompt, completion = map(json.loads(line).get, ("prompt", "completion")) if as_json else line.split("||", 1)
             (prompt + completion).encode()  # only text will do, and only what UTF-8 can hold
@@ -169,74 +167,62 @@ def read_pairs(path):
 
 def read_text(path):
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows puts in front
+        return Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows puts in front
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
 
 
 def collate(examples, device):
-    """(B, T) inputs on the device, and targets on the CPU. Short examples are padded at the end, without targets."""
-    T = max(len(ids) for ids, _ in examples) - 1
-    idx, targets = torch.zeros(len(examples), T, dtype=torch.long), torch.full((len(examples), T), -100)
-    for row, (ids, start) in enumerate(examples):
-        idx[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])  # a position predicts the next token
-    return send(idx, device), targets
+    """(B, T) inputs on the device, and targets on the CPU. Padding, at the end, has no targets."""
+    inputs = [torch.tensor(ids[:-1]) for ids, _ in examples]
+    targets = [torch.tensor([-100] * (start - 1) + ids[start:]) for ids, start in examples]  # each the next token
+    return send(pad_sequence(inputs, True), device), pad_sequence(targets, True, padding_value=-100)
 
 
-def count_targets(examples):
-    return sum(len(ids) - start for ids, start in examples)
+# ---- The training loop ----
 
 
-# ---- The training loop -------------------------------------------------------------------------------------
-
-
-def train(model, examples, held_out, args, report=None, optimizer=None):
+def train(model, examples, held_out, args, report=None, optimizer=None, stopped=()):
     """Train what requires a gradient, LoRA's A and B or everything, on examples from `load_data`.
 
-    args is what `settings` returns. With args.out, that folder gets log.csv and, at every look and when a signal ends
-    the run, state.pt, from which args.resume goes on. report(row) gets each new row of the log. An optimizer of your
-    own takes AdamW's place: the rates of its groups are the highest ones.
-    Returns the log, a list of dicts of numbers. Raises FloatingPointError if the loss is not finite.
+    args is what `settings` returns. With args.out, that folder gets log.csv and state.pt at every look, and once
+    stopped is not empty, which ends the run; args.resume goes on from there. An optimizer of your own takes AdamW's
+    place. Returns the log, a list of dicts of numbers; report(row) gets each when it is new.
+    Raises FloatingPointError if the loss is not finite.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer or torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
-    highest = [group["lr"] for group in optimizer.param_groups]
-    device, held = params[0].device, model.wte.weight.dtype
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optimizer or torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay)
+    device, held = model.wte.weight.device, model.wte.weight.dtype
     dtype = getattr(torch, args.dtype) if args.dtype else held
     autocast = torch.autocast(device.type, dtype, enabled=dtype != held)
-    # In float16, small gradients would vanish: they are scaled up, as far as the largest allow.
+    # In float16, small gradients would vanish: they are scaled up.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first, log, losses = 0, [], 0.0
-    if args.resume:
-        state = load_state(args)
-        first, log, losses = state["step"], state["log"], state["losses"]
-        for p, saved in zip(params, state["params"], strict=True):
-            p.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    first, log, losses = load_state(args, model, params, optimizer, scaler) if args.resume else (0, [], 0.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     model.train()
-    stopped = catch_signals() if args.out else ()
     steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
-    # Epoch after epoch, the examples in a new order.
-    draw, epochs = torch.Generator().manual_seed(args.seed), math.ceil(steps * size / len(examples))
-    order = torch.cat([torch.randperm(len(examples), generator=draw) for _ in range(epochs)])
+
+    @lru_cache(2)
+    def order(epoch):  # of the examples: each epoch has another
+        draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
+        return torch.randperm(len(examples), generator=draw).tolist()
+
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
-        for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
-            group["lr"] = lr * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
-        torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
-        batch = [examples[i] for i in order[step * size : (step + 1) * size]]
-        for part in (batch[i : i + args.batch_size] for i in range(0, size, args.batch_size)):
+        for group in optimizer.param_groups:  # a linear rise to the peak, then a linear fall
+            peak = group.setdefault("peak", group["lr"])
+            group["lr"] = peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+        torch.manual_seed(args.seed * 10**9 + step)  # for dropout: a run that goes on from here draws the same
+        places = (divmod(i, len(examples)) for i in range(step * size, (step + 1) * size))
+        batch = [examples[order(epoch)[i]] for epoch, i in places]
+        parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, size, args.batch_size)]
+        n = sum((targets >= 0).sum() for _, targets in parts)
+        for idx, targets in parts:
             with autocast:
-                loss = model(*collate(part, device), args.label_smoothing)
-            loss = loss * (count_targets(part) / count_targets(batch))  # the parts add up to the batch's mean
+                loss = model(idx, targets, args.label_smoothing)
+            loss = loss * ((targets >= 0).sum() / n)  # the parts add up to the batch's mean
             scaler.scale(loss).backward()
             losses = losses + loss.detach()
         scaler.step(optimizer)  # not if a gradient has overflowed: update() then lowers the scale
@@ -246,12 +232,10 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
 
         done = step + 1
         look = done % args.eval_every == 0 or done == steps
-        logging = look or done % max(1, min(steps // 10, 100)) == 0
-        if logging or stopped:
+        if look or done % max(1, min(steps // 10, 100)) == 0:
             loss = float(losses) / (done - (log[-1]["step"] if log else 0))  # waits for the GPU
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done}: start again with a --lr below {args.lr}")
-        if logging:
             row = dict(step=done, loss=loss, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
             row["tokens_per_s"] = tokens / (time.time() - last)
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
@@ -264,13 +248,13 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
             if report:
                 report(row)
         if args.out and (look or stopped):
-            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params], settings=args.settings)
+            state = dict(step=done, log=log, losses=losses, params=params, settings=args.settings)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            lines = [",".join(map(str, line)) for line in (log[:1] + [row.values() for row in log])]
-            save = {args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)}
-            write_whole(save | {args.out / "log.csv": "\n".join(lines) + "\n"})
+            lines = log[:1] + [row.values() for row in log]  # the names of the columns, which are a row's keys
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
         if stopped:
-            raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
+            raise KeyboardInterrupt(f"stopped; add --resume to go on from {args.out / 'state.pt'}")
     model.eval()
     return log
 
@@ -278,56 +262,75 @@ def train(model, examples, held_out, args, report=None, optimizer=None):
 @torch.no_grad()
 def evaluate(model, examples, batch_size):
     """The mean loss over the targets of at most 256 of the examples, spread evenly."""
-    examples, total = examples[:: -(-len(examples) // 256)], 0.0
+    examples, total, n = examples[:: -(-len(examples) // 256)], 0.0, 0
     model.eval()
-    for batch in (examples[i : i + batch_size] for i in range(0, len(examples), batch_size)):
-        total += model(*collate(batch, model.wte.weight.device)) * count_targets(batch)
+    for i in range(0, len(examples), batch_size):
+        idx, targets = collate(examples[i : i + batch_size], model.wte.weight.device)
+        total += model(idx, targets) * (targets >= 0).sum()
+        n += (targets >= 0).sum()
     model.train()
-    return float(total) / count_targets(examples)
+    return float(total) / float(n)
 
 
 def print_row(row):
-    minutes, seconds = divmod(round(row["seconds_left"]), 60)
     line = f"step {row['step']:5}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_s']:6,.0f} tokens/s"
     line += "" if math.isnan(row["memory_gb"]) else f"  {row['memory_gb']:.2f} GB"
     line += "" if math.isnan(row["val_loss"]) else f"  val loss {row['val_loss']:.4f}"
-    print(f"{line}  {minutes}:{seconds:02} left", flush=True)
+    print(f"{line}  {timedelta(seconds=round(row['seconds_left']))} left", flush=True)
 
 
-def load_state(args):
-    """What an interrupted run has saved. Raises OSError, or ValueError if it is damaged or of another run."""
+def load_state(args, model, params, optimizer, scaler):
+    """Put back what an interrupted run has saved: (its step, log, sum of losses). Raises OSError or ValueError."""
     file = args.out / "state.pt"
+    file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        other = [key for key, value in args.settings.items() if state["settings"][key] != value]
-        [state[key] for key in ("step", "log", "losses", "params", "optimizer", "scaler")]
-    except OSError:
-        raise
+        then = state["settings"]
+        other = [f"{key} = {then[key]}" for key, value in args.settings.items() if then[key] != value]
+        if not other:
+            model.load_state_dict({name: state["params"][name] for name in params}, strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            return int(state["step"]), list(state["log"]), state["losses"]
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
-    if other:
-        then = ", ".join(f"{key} = {state['settings'][key]}" for key in other)
-        raise ValueError(f"{file} is of a run with {then}: go on with what it had")
-    return state
+    raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
 
 
-# ---- The base model, and what it writes --------------------------------------------------------------------
+@contextlib.contextmanager
+def deferred_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
+    caught, before = [], {}
+
+    def defer(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
+            before[number] = signal.signal(number, defer)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- The base ----
 
 
 def describe_base(name):
-    """(GPTConfig, tokenizer) of a base, before its weights are loaded or made. Raises OSError or ValueError."""
-    if name == "tiny":
-        return toy.toy_base()
-    config, tokenizer = read_config(name), load_tokenizer(name)
+    """(GPTConfig, tokenizer) of a base, which need not be made yet. Raises OSError or ValueError."""
+    config, tokenizer = toy.toy_base() if name == "tiny" else (read_config(name), load_tokenizer(name))
     if (n := tokenizer.n_vocab) > config.vocab_size:
-        raise ValueError(
-            f"{name} has {config.vocab_size} tokens, its tokenizer {n}: put its own vocab.tiktoken beside it"
-        )
+        what = f"{name} has {config.vocab_size} tokens, its tokenizer {n}"
+        raise ValueError(f"{what}: put its own vocab.tiktoken beside it")
     return config, tokenizer
 
 
 def load_base(name, dtype=torch.float32, device="cpu", report=None):
-    """The GPT called `tiny`, which is trained first if it is not there yet, or one that GPT.from_pretrained knows."""
+    """The GPT of this name, in eval mode. `tiny` is trained first if it is not there yet."""
     if name != "tiny":
         return GPT.from_pretrained(name, dtype, device)
     config, tokenizer = toy.toy_base()
@@ -353,7 +356,7 @@ def fingerprint(*things):
 def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed=0, search=None, batch_size=256):
     """What the model writes after each `prompt <|endoftext|>`, up to its own <|endoftext|>: a list of texts.
 
-    It is drawn at the temperature, or found by search(idx): token ids for each of the prompts idx (B, T).
+    They are drawn, or found by search(idx): token ids for each of the prompts idx (B, T).
     """
     device, end, texts, began = model.wte.weight.device, tokenizer.eot_token, {}, time.time()
     generator = torch.Generator(device).manual_seed(seed)
@@ -362,13 +365,13 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
         columns, ended = [], False
         for tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
             columns.append(tokens)
-            ended |= tokens >= end  # what is beyond <|endoftext|>, in a padded vocabulary, has no text either
+            ended |= tokens >= end  # beyond <|endoftext|> a padded vocabulary has no texts
             if ended.all():
                 break
         return torch.stack(columns, dim=1).tolist()
 
     ids = {prompt: tokenizer.encode_ordinary(prompt) + [end] for prompt in prompts}
-    # Prompts of one length need no padding. The longest come first: if memory is short, it shows at once.
+    # Prompts of one length need no padding. The longest come first: short memory shows at once.
     for _, group in groupby(sorted(ids, key=lambda p: -len(ids[p])), lambda p: len(ids[p])):
         while batch := list(islice(group, batch_size)):
             found = (search or draw)(torch.tensor([ids[prompt] for prompt in batch], device=device))
@@ -376,144 +379,120 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
                 texts[prompt] = tokenizer.decode(list(takewhile(lambda t: t < end, tokens))).strip()
             if search:
                 left = round((time.time() - began) / len(texts) * (len(ids) - len(texts)))
-                print(f"\r{len(texts)}/{len(ids)} prompts  {left // 60}:{left % 60:02} left ", end="", flush=True)
+                print(f"\r{len(texts)}/{len(ids)} prompts  {timedelta(seconds=left)} left ", end="", flush=True)
     return [texts[prompt] for prompt in prompts]
 
 
-# ---- The command -------------------------------------------------------------------------------------------
+# ---- The command ----
+
+LESS = "lower --batch-size, or take a smaller --model"
+ADVICE = dict.fromkeys(["out of memory", "allocate memory", "not enough memory"], LESS)  # by torch's own words
+ADVICE |= dict.fromkeys(["compiler", "triton", "torch.compile"], "leave --compile out")
 
 
 def command(parser, run, args):
-    """Run a command: the one place that turns what its user can do something about into a message of one line."""
+    """Run a command. What its user can do something about becomes a message of one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
         run(args)
     except KeyboardInterrupt as e:
-        parser.exit(130, f"\n{parser.prog}: {e if e.args else 'stopped'}\n")
-    except (OSError, ValueError, FloatingPointError, RuntimeError) as e:
-        message = " ".join(str(e).split())
-        if isinstance(e, RuntimeError):
-            if "memory" in message:  # a GPU's or the machine's
-                message = "the memory is full: lower --batch-size, or take a smaller --model"
-            elif "compile" in f"{type(e)} {message}".lower():
-                message = f"--compile does not work on this machine, leave it out: {message[:200]}"
-            else:
-                raise
-        parser.error(message)
+        parser.exit(130, f"\n{parser.prog}: {str(e) or 'stopped'}\n")
+    except (OSError, ValueError, FloatingPointError) as e:
+        parser.error(" ".join(str(e).split()))
+    except RuntimeError as e:
+        message = " ".join(f"{type(e).__name__}: {e}".split())
+        for word, advice in ADVICE.items():
+            if word in message.lower():
+                parser.error(f"{message[:200]}: {advice}")
+        raise
 
 
 def pick_device(name):
     """The torch.device of this name; without one, the best that is here. Raises ValueError."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name and not here[name]:
-        raise ValueError(f"--device {name}: this machine has none; leave --device out to take what there is")
-    return torch.device(name or next(device for device in here if here[device]))
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name and name not in here:
+        raise ValueError(f"--device {name}: this machine has {' and '.join(here)}")
+    return torch.device(name or here[0])
 
 
 def pick_dtype(name, device):
-    """The name, or if there is none that of the 16 bits which a GPU computes in natively, and float32 elsewhere."""
+    """The name, or without one that of the 16 bits which a GPU computes in, and float32 elsewhere."""
     if name or device.type != "cuda":
         return name or "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def refuse_overwriting(out, *read):
-    """What is read is never what is written. Raises ValueError."""
-    for path in read:
-        if out.resolve() == Path(path).resolve():
-            raise ValueError(f"--out {out} is what is read: name another")
-
-
-def catch_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends the run."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
-            signal.signal(number, catch)
-    return caught
-
-
 def main(argv=None):
     parser = make_parser()
     kind = parser.parse_args(argv).data.partition(":")[0]
-    parser.set_defaults(**dict(steps=None) | DEFAULTS.get(kind, DEFAULTS["file"]))
+    parser.set_defaults(**DEFAULTS.get(kind, DEFAULTS["file"]))
     command(parser, run, parser.parse_args(argv))
 
 
 def run(args):
-    full, (kind, _, voice) = args.method == "full", args.data.partition(":")
-    device = pick_device(args.device)
-    args.dtype = pick_dtype(args.dtype, device)
-
     # Whatever can be wrong with the arguments is found here, before anything takes long.
+    full, device = args.method == "full", pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, device)
     config, tokenizer = describe_base(args.model)
     if not full:
         with torch.device("meta"):  # a model of shapes only, to try the rank and the targets on
-            add_lora(GPT(config), args.r, args.alpha, targets=args.targets)
+            add_lora(GPT(config), args.r, targets=args.targets)
     data = load_data(args.data, tokenizer, config.block_size)
     args.steps = args.steps or math.ceil(args.epochs * len(data[0]) / (args.batch_size * args.grad_accum))
     args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     if args.warmup >= args.steps:
-        raise ValueError(f"--warmup {args.warmup} takes all of the {args.steps} steps: lower it, or raise --steps")
-    base = toy.TINY if args.model == "tiny" else Path(args.model)
-    name = f"{base.name}-{Path(args.data).stem.replace(':', '-')}" + "-full" * full
+        raise ValueError(f"--warmup {args.warmup} is not below --steps {args.steps}: change one")
+    base = toy.TINY if args.model == "tiny" else args.model
+    name = f"{Path(base).name}-{Path(args.data).stem.replace(':', '-')}" + "-full" * full
     out = args.out = args.out or Path("out", name)
-    refuse_overwriting(out, base)
+    if out.resolve() in (Path(base).resolve(), toy.TINY.resolve()):
+        raise ValueError(f"--out {out} is the base: name another")
     state = out / "state.pt"
     if state.exists() != args.resume:
         what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
         raise ValueError(f"{state} is {what}")
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    out.mkdir(parents=True, exist_ok=True)
     # A run that goes on must have these in common with the one that was interrupted.
-    elsewhere = ("out", "resume", "device", "compile")
+    elsewhere = ("out", "resume", "device", "compile", "settings")
     args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    args.settings["examples"] = fingerprint(data)
-    args.settings["weights"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
-    comparing = kind == "toy" and voice != "all"
-    prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]]
-    before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards
+    args.settings["hash of the data"] = fingerprint(data)
+    args.settings["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    voice = args.data.removeprefix("toy:")
+    prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]] if voice in toy.VOICES else []
+    before = complete(model, tokenizer, prompts, seed=3)  # other draws than afterwards
     size = sum(p.numel() for p in model.parameters())
+    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
-    print(
-        f"{trained:,} of them are trained" if full else f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them"
-    )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them")
     print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
 
-    train(model, *data, args, print_row)
+    with deferred_signals() as stopped:
+        train(model, *data, args, print_row, stopped=stopped)
     if full:
-        model.save_pretrained(out, toy.toy_vocabulary() if args.model == "tiny" else own_vocabulary(args.model))
+        model.save_pretrained(out, own_vocabulary(base))
     else:
         save_lora(model, out)
     state.unlink(missing_ok=True)
-    if comparing:
+    if prompts:
         with torch.compiler.set_stance("force_eager"):  # in writing, each new token has other shapes
             toy.print_comparison(voice, before, complete(model, tokenizer, prompts))
-    of_base = f", where the base has {megabytes(base)}" if base.is_dir() else ""
-    print(f"\nsaved     {out}: {megabytes(out)}{of_base}")
+    saved = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    print(f"\nsaved     {out}: {saved / 1e6:.2f} MB, where the base has {4 * size / 1e6:.2f} MB")
     ids, start = (data[1] or data[0])[0]
-    flags = {"model": out} if full else {"model": args.model, "lora": out}
-    flags["prompt"] = tokenizer.decode(ids[:start])
-    print("try       " + shlex.join(["python", "sample.py", *(f"--{key}={value}" for key, value in flags.items())]))
-
-
-def megabytes(dir):
-    return f"{sum(file.stat().st_size for file in dir.glob('*.safetensors')) / 1e6:.2f} MB"
+    where = [f"--model={out}"] if full else [f"--model={args.model}", f"--lora={out}"]
+    prompt = f"--prompt={tokenizer.decode(ids[:start])}"
+    print("try       " + shlex.join(["python", "sample.py", *where, prompt]))
 
 
 if __name__ == "__main__":

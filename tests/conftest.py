@@ -1,6 +1,9 @@
 """What the tests share: the --slow switch, small models that `transformers` makes, and what may not be here."""
 
+import contextlib
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +47,33 @@ def make_gpt2(dir=None, seed=0, **sizes):
     if dir is not None:
         model.save_pretrained(dir)
     return model
+
+
+@contextlib.contextmanager
+def sent(number, step, handler=None):
+    """While this lasts, this process gets a signal when a run reports the step. handler: what it had for it before."""
+    import train
+
+    def print_row(row):
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.getsignal(number) if handler is None else handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "print_row", print_row)
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
+
+
+def interrupt(line, number=signal.SIGTERM, step=4):
+    """Run train.py with these flags until this signal comes, at a step that it reports."""
+    import train
+
+    with sent(number, step), pytest.raises(SystemExit) as e:
+        train.main(shlex.split(line))
+    assert e.value.code == 130
 
 
 @pytest.fixture
