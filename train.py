@@ -18,8 +18,8 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import partial
-from itertools import count, groupby, islice, takewhile
+from functools import lru_cache, partial
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads soon leave their core to other runs
@@ -47,22 +47,22 @@ def make_parser():
     # Without a usage line, longer than a screen, argparse's errors are one line.
     about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
     parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about)
-    add, whole, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
+    add, count, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
-    add("--r", type=whole, default=4, help="rank of the adapters (4)")
+    add("--r", type=count, default=4, help="rank of the adapters (4)")
     add("--alpha", type=number(float, 1e-6), default=32, help="alpha / r scales what the adapters add (32)")
     add("--lora-dropout", type=part, help="dropout on the adapters' input *")
     add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v: query and value)")
-    add("--steps", type=whole, help="how often the weights are updated *")
-    add("--batch-size", type=whole, help="examples that are computed at a time *")
-    add("--grad-accum", type=whole, default=1, help="batches of that size in one step (1)")
+    add("--steps", type=count, help="how often the weights are updated *")
+    add("--batch-size", type=count, help="examples that are computed at a time *")
+    add("--grad-accum", type=count, default=1, help="batches of that size in one step (1)")
     add("--lr", type=number(float, 1e-12), help="the highest learning rate *")
     add("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's (0.01)")
     add("--warmup", type=number(int, 0), help="steps in which the rate rises, before it falls to zero *")
     add("--label-smoothing", type=part, help="part of a target spread over all tokens *")
-    add("--eval-every", type=whole, help="steps between looks at held-out data *")
+    add("--eval-every", type=count, help="steps between looks at held-out data *")
     add("--seed", type=number(int, 0), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=DTYPES, help="of frozen weights (16 bits if the GPU computes in them)")
@@ -204,19 +204,19 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
     model.train()
     steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
 
-    def shuffled():  # which example is next, epoch after epoch in a new order
-        for epoch in count():
-            draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
-            yield from torch.randperm(len(examples), generator=draw).tolist()
+    @lru_cache(2)
+    def order(epoch):  # of the examples: each epoch has another
+        draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
+        return torch.randperm(len(examples), generator=draw).tolist()
 
-    order = islice(shuffled(), first * size, None)
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
         for group in optimizer.param_groups:  # a linear rise to the peak, then a linear fall
             peak = group.setdefault("peak", group["lr"])
             group["lr"] = peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed * 10**9 + step)  # for dropout: a run that goes on from here draws the same
-        batch = [examples[i] for i in islice(order, size)]
+        places = (divmod(i, len(examples)) for i in range(step * size, (step + 1) * size))
+        batch = [examples[order(epoch)[i]] for epoch, i in places]
         parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, size, args.batch_size)]
         n = sum((targets >= 0).sum() for _, targets in parts)
         for idx, targets in parts:
@@ -299,22 +299,22 @@ def load_state(args, model, params, optimizer, scaler):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """A list that Ctrl-C, SIGTERM or SIGHUP goes into, so that the step under way can end. A second one ends it."""
-    caught, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # not on Windows
-    before = {number: signal.getsignal(number) for number in numbers}
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
+    caught, before = [], {}
 
-    def restore(*number_and_frame):
-        caught.extend(number_and_frame)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def defer(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
 
-    for number in numbers:
-        if before[number] != signal.SIG_IGN:  # which is what nohup asks for
-            signal.signal(number, restore)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
+            before[number] = signal.signal(number, defer)
     try:
         yield caught
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- The base ----
