@@ -213,11 +213,11 @@ class GPT(nn.Module):
         tensors = {name: as_stored(name, torch.cat(ws)).contiguous() for name, ws in parts.items()}
         files = {dir / "config.json": json.dumps(settings, indent=2)}
         files[dir / "model.safetensors"] = lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})
-        if vocabulary is None:
-            (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
-        else:
+        if vocabulary is not None:
             files[dir / "vocab.tiktoken"] = vocabulary
         write_whole(files)
+        if vocabulary is None:
+            (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -336,6 +336,7 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
         expected = GPT(config).state_dict()
     weights = {}
     try:
+        open(file, "rb").close()  # says why, if it cannot be read
         with safe_open(file, "pt") as f:
             names = [*f.keys()]
             tied = [f.get_tensor(name) for name in names if name.endswith(("wte.weight", "lm_head.weight"))]
@@ -440,10 +441,12 @@ def load_tokenizer(name_or_dir):
     Raises OSError if GPT-2's vocabulary cannot be downloaded, ValueError if the folder's is damaged.
     """
     try:
-        vocabulary = own_vocabulary(name_or_dir)
-        return tiktoken.get_encoding("gpt2") if vocabulary is None else make_tokenizer(vocabulary)
+        if (vocabulary := own_vocabulary(name_or_dir)) is not None:
+            return make_tokenizer(vocabulary)
     except ValueError as e:
         raise ValueError(f"{name_or_dir}/vocab.tiktoken is no vocabulary in tiktoken's format ({e})") from None
+    try:
+        return tiktoken.get_encoding("gpt2")
     except OSError as e:
         why = f"cannot download GPT-2's vocabulary ({type(e).__name__})"
         raise OSError(f"{why}: set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it") from None

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from gpt import write_whole
 
@@ -176,7 +176,7 @@ def read_peft(dir):
     try:
         config = json.loads(Path(dir, "adapter_config.json").read_bytes())
         dropout, patterns = float(config.get("lora_dropout", 0.0)), config.get("alpha_pattern", {})
-        tensors = load_file(Path(dir, "adapter_model.safetensors"))
+        tensors = load(Path(dir, "adapter_model.safetensors").read_bytes())
         for key, value in config.items():
             if key not in KNOWN and value not in HARMLESS and (key, value) != ("init_lora_weights", True):
                 raise ValueError(f"it asks for {key} = {value!r}, which is not built here")

@@ -183,9 +183,10 @@ def run(args):
     if args.data:
         references, beside = read_references(args.data), args.out.with_suffix(".references.txt")
         longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
+        read = train.e2e_file("test.txt") if args.data == "e2e" else args.data.removeprefix("e2e:")
         for out in (args.out, beside):
             fine = out.suffix == ".txt" and (not out.exists() or out.is_file()) and os.access(f"{out.parent}/", os.W_OK)
-            if not fine or out.resolve() == Path(args.data.removeprefix("e2e:")).resolve():
+            if not fine or out.resolve() == Path(read).resolve():
                 raise ValueError(f"--out {out}: the inputs, or no .txt file that can be written; name another")
     else:
         ids = tokenizer.encode(args.prompt or "", allowed_special={END}) or [tokenizer.eot_token]

@@ -154,6 +154,7 @@ def read_pairs(path):
     """[(prompt, completion)] of a .jsonl, or of lines prompt||completion. Raises OSError or ValueError."""
     pairs, as_json = [], str(path).endswith(".jsonl")
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+        line = line.strip()
         try:
             prompt, completion = map(json.loads(line).get, ("prompt", "completion")) if as_json else line.split("||", 1)
             (prompt + completion).encode()  # only text will do, and only what UTF-8 can hold
@@ -205,14 +206,15 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
 
     @lru_cache(2)
     def order(epoch):  # of the examples: each epoch has another
-        return torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+        draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
+        return torch.randperm(len(examples), generator=draw).tolist()
 
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
         for group in optimizer.param_groups:  # a linear rise to the peak, then a linear fall
             peak = group.setdefault("peak", group["lr"])
             group["lr"] = peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
-        torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
+        torch.manual_seed(args.seed * 10**9 + step)  # for dropout: a run that goes on from here draws the same
         places = (divmod(i, len(examples)) for i in range(step * size, (step + 1) * size))
         batch = [examples[order(epoch)[i]] for epoch, i in places]
         parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, size, args.batch_size)]
@@ -384,7 +386,8 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 # ---- The command ----
 
 LESS = "lower --batch-size, or take a smaller --model"
-ADVICE = {"out of memory": LESS, "allocate memory": LESS, "compiler": "leave --compile out"}  # by torch's own words
+ADVICE = dict.fromkeys(["out of memory", "allocate memory", "not enough memory"], LESS)  # by torch's own words
+ADVICE |= dict.fromkeys(["compiler", "triton", "torch.compile"], "leave --compile out")
 
 
 def command(parser, run, args):
@@ -444,7 +447,7 @@ def run(args):
     base = toy.TINY if args.model == "tiny" else args.model
     name = f"{Path(base).name}-{Path(args.data).stem.replace(':', '-')}" + "-full" * full
     out = args.out = args.out or Path("out", name)
-    if out.resolve() == Path(base).resolve():
+    if out.resolve() in (Path(base).resolve(), toy.TINY.resolve()):
         raise ValueError(f"--out {out} is the base: name another")
     state = out / "state.pt"
     if state.exists() != args.resume:

@@ -1,6 +1,6 @@
 """The benchmark: this code beside what a user would pick instead, in one run, as a Markdown table of ratios.
 
-    python tests/bench.py                       # GPT-2's 124M on the CPU, 20 minutes; on a GPU with --device cuda
+    python tests/bench.py                       # GPT-2's 124M on the CPU, an hour; on a GPU with --device cuda
     python tests/bench.py --size small          # a few minutes, to try the script: too small to mean anything
     python tests/bench.py --only train infer    # some sections
 
@@ -10,12 +10,15 @@ alpha = 32 on the query and the value. PEFT cannot adapt just these two parts of
 r = 8, alpha = 64 on all of it, the same A and a B that has rows for the key too.
 
 Each competitor lives in a process of its own, so that its peak memory is its own, and computes when it is told to:
-they take turns, step by step, so that whatever else the machine does meets them all. Times are medians.
+they take turns, step by step, so that whatever else the machine does meets them all. All train in three processes, one
+after another, for a process may be slow or fast from its start to its end. The table has medians, and the range of the
+ratio: the smallest and the largest of all rounds.
 """
 
 import argparse
 import base64
 import collections
+import itertools
 import math
 import multiprocessing
 import os
@@ -29,6 +32,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 if __name__ == "__mp_main__":  # in the children only: on Linux a child's peak memory starts at its parent's
     import torch
@@ -107,24 +112,32 @@ def load(who, folder, device, dtype, r=4):
 
 
 def training(who, folder, device, dtype, batch, length, r=4, size=None):
+    """Steps on texts of `length` tokens; if that is a pair, from so many to so many, and the first half is a prompt."""
     full = who in ("ours", "transformers")  # trained weights stay float32, and bfloat16 is what it computes in
     model = load(who, folder, device, "float32" if full else dtype, r).train()
     for block in next(m.h for m in model.modules() if hasattr(m, "h")) if "compiled" in who else ():
         block.compile()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.01)
     torch.manual_seed(0)
-    idx = torch.randint(model.config.vocab_size, (batch, length)).to(device)
-    targets = torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], -100)], 1)  # transformers shifts by itself
-    losses = []
+    pair, batches, losses = isinstance(length, tuple), [], []
+    for _ in range(50 if pair else 1):
+        n = torch.randint(length[0], length[1] + 1, (batch, 1)) if pair else torch.full((batch, 1), length)
+        idx, at = torch.randint(model.config.vocab_size, (batch, n.max())), torch.arange(n.max())
+        labels = idx.where((at >= n // 2 * pair) & (at < n), -100)
+        targets = torch.cat([labels[:, 1:], torch.full((batch, 1), -100)], 1)  # transformers shifts by itself
+        batches.append((idx.to(device), targets if "ours" in who else labels.to(device), n.sum().item()))
+    batches = itertools.cycle(batches)
 
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=full and dtype == "bfloat16"):
-            loss = model(idx, targets) if "ours" in who else model(idx, labels=idx, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        return {"first loss": losses[0]}
+        turn = list(itertools.islice(batches, 10 if pair else 1))
+        for idx, labels, _ in turn:
+            with torch.autocast(device, torch.bfloat16, enabled=full and dtype == "bfloat16"):
+                loss = model(idx, labels) if "ours" in who else model(idx, labels=labels, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return {"first loss": losses[0], "tokens": sum(n for _, _, n in turn)}
 
     return step
 
@@ -229,55 +242,63 @@ def serve(pipe, job, options):
 # ---- The parent: who takes turns with whom, and the tables ------------------------------------------------------
 
 
-def race(args, rounds, jobs):
-    """Let {name: (job, options)} take turns, one to warm up and then `rounds`. Returns {name: {what: median}}, with
-    NaN for all of a job that could not run; the table says why."""
-    children, replies = {}, {name: [] for name in jobs}
-    for name, (job, options) in jobs.items():
-        options = {"device": args.device, "dtype": args.dtypes[0], "folder": args.folder} | options
-        print(time.strftime("%H:%M:%S"), job.__name__, name, options, file=sys.stderr)
-        pipe, theirs = SPAWN.Pipe()
-        child = SPAWN.Process(target=serve, args=(theirs, job, options))
-        child.start()
-        theirs.close()
-        children[name] = pipe, child
-    for turn in range(rounds + 2):
-        for name, (pipe, _) in list(children.items()):
-            try:
-                if turn > 0:  # the first message says that it is prepared
-                    pipe.send(True)
-                reply = pipe.recv()
-            except (EOFError, OSError):
-                reply = "its process died, perhaps for lack of memory"
-            if isinstance(reply, str):
-                print(f"| {name} | could not run: {reply} |", flush=True)
-                del children[name]
-            else:
-                replies[name].append(reply)
-    for pipe, child in children.values():
-        pipe.close()
-        child.join()
-    results = {name: collections.defaultdict(lambda: math.nan) for name in jobs}
-    for name in children:
-        counted = replies[name][2:] or replies[name][1:]
-        results[name] |= {what: median(reply[what] for reply in counted) for what in counted[0]}
-        results[name]["GiB"] = counted[-1]["GiB"]
+def race(args, rounds, jobs, processes=1):
+    """Let {name: (job, options)} take turns, one to warm up and then `rounds`; then the same in fresh processes.
+    Returns {name: {what: array of all rounds}}, with NaN for a job that could not run; the table says why."""
+    results = {name: collections.defaultdict(lambda: np.array([math.nan])) for name in jobs}
+    for _ in range(processes):
+        children, replies = {}, {name: [] for name in jobs}
+        for name, (job, options) in jobs.items():
+            options = {"device": args.device, "dtype": args.dtypes[0], "folder": args.folder} | options
+            print(time.strftime("%H:%M:%S"), job.__name__, name, options, file=sys.stderr)
+            pipe, theirs = SPAWN.Pipe()
+            child = SPAWN.Process(target=serve, args=(theirs, job, options))
+            child.start()
+            theirs.close()
+            children[name] = pipe, child
+        for turn in range(rounds + 2):
+            for name, (pipe, _) in list(children.items()):
+                try:
+                    if turn > 0:  # the first message says that it is prepared
+                        pipe.send(True)
+                    reply = pipe.recv()
+                except (EOFError, OSError):
+                    reply = "its process died, perhaps for lack of memory"
+                if isinstance(reply, str):
+                    print(f"| {name} | could not run: {reply} |", flush=True)
+                    results[name].clear()
+                    del children[name]
+                else:
+                    replies[name].append(reply)
+        for pipe, child in children.values():
+            pipe.close()
+            child.join()
+        jobs = {name: jobs[name] for name in children}  # what failed once is not tried again
+        for name in jobs:
+            counted = replies[name][2:] or replies[name][1:]
+            for what in counted[0]:
+                values = [counted[-1 if what == "GiB" else i][what] for i in range(len(counted))]  # a peak only grows
+                results[name][what] = np.append(results[name].get(what, []), values)
     return results
 
 
 def row(what, ours, peer, unit, goal=""):
-    ours, peer, ratio = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (ours, peer, round(ours / peer, 2)))
-    print(f"| {what} | {ours} {unit} | {peer} {unit} | {ratio} | {goal} |".replace("nan", "–"), flush=True)
+    low, high = min(ours / peer), max(ours / peer)
+    ours, peer = median(ours), median(peer)
+    ours_, peer_, ratio = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (ours, peer, round(ours / peer, 2)))
+    line = f"| {what} | {ours_} {unit} | {peer_} {unit} | {ratio} | {low:.2f} to {high:.2f} | {goal} |"
+    print(line.replace("nan", "–"), flush=True)
 
 
 def train(args):
     """Speed and memory of training."""
     gpu, shape = args.device == "cuda", dict(batch=args.batch, length=args.length)
     larger = dict(batch=2 * args.batch, length=min(2 * args.length, 1024))
-    rates = {dtype: race(args, 0, {"": (matrix_product, dict(dtype=dtype))})[""]["TFLOP/s"] for dtype in args.dtypes}
+    e2e = dict(batch=8, length=(20, 60))  # about as long as E2E's texts are
+    rates = {dtype: race(args, 0, {"": (matrix_product, dict(dtype=dtype))})[""]["TFLOP/s"][0] for dtype in args.dtypes}
     for dtype in args.dtypes:
-        if rates[dtype] < max(rates.values()) / 2:
-            print(f"| training, {dtype}: left out, as this machine has no fast matrix product in it |")
+        if rates[dtype] < rates[args.dtypes[0]] / 3:
+            print(f"| training, {dtype}: left out, as this machine's matrix product in it is slow |")
             continue
 
         def jobs(*names, shape=shape, dtype=dtype):
@@ -286,21 +307,24 @@ def train(args):
         f32 = dtype == "float32"
         peers = ["PEFT"] + ["PEFT, compiled"] * gpu + ["loralib"] * f32  # loralib's A and B have the base's dtype
         product = {"product": (matrix_product, dict(dtype=dtype))}  # once more, in turn with the others
-        lora = race(args, args.steps, jobs("ours, LoRA", "ours, LoRA, compiled", *peers) | product)
-        full = race(args, min(args.steps, 3), jobs("ours, LoRA", "ours", "transformers"))
+        lora = race(args, args.steps, jobs("ours, LoRA", "ours, LoRA, compiled", *peers) | product, processes=3)
+        vary = race(args, args.steps, jobs("ours, LoRA", "ours, LoRA, compiled", *peers[:1], shape=e2e), processes=3)
+        full = race(args, min(args.steps, 3), jobs("ours, LoRA", "ours", "transformers"), processes=3)
         large = race(args, 0, jobs("ours, LoRA", "PEFT", shape=larger))
-        losses = [result["first loss"] for result in (*lora.values(), *full.values()) if "first loss" in result]
-        if max(losses) - min(losses) > (1e-3 if f32 else 0.05):
-            sys.exit(f"bench.py: error: not the same model and tokens: the first losses are {losses}")
+        for results in (lora | full, vary):
+            losses = [loss for result in results.values() for loss in result.get("first loss", [])]
+            if max(losses) - min(losses) > (1e-3 if f32 else 0.05):
+                sys.exit(f"bench.py: error: not the same model and tokens: the first losses are {losses}")
 
-        tokens, eager, compiled = args.batch * args.length, "ours, LoRA", "ours, LoRA, compiled"
+        eager, compiled = "ours, LoRA", "ours, LoRA, compiled"
         goals = ("≥ 1.3", "≥ 1.3", "≥ 0.50") if gpu else ("≥ 1.10", "≥ 1.2", "") if f32 else ("≥ 1.15", "", "")
         pairs = [(lora, eager, "PEFT", goals[0]), (lora, compiled, "PEFT", goals[1])]
         pairs += [(lora, compiled if "compiled" in peer else eager, peer, "") for peer in peers[1:]]
+        pairs += [(vary, eager, "PEFT", ""), (vary, compiled, "PEFT", "")]
         pairs += [(full, eager, "transformers", ""), (full, "ours", "transformers", "")]
         for results, ours, peer, goal in pairs:
-            speed = (tokens / results[who]["seconds"] for who in (ours, peer))
-            row(f"training, {dtype}: {ours} / {peer}", *speed, "tok/s", goal)
+            speed = (results[who]["tokens"] / results[who]["seconds"] for who in (ours, peer))
+            row(f"training, {dtype}{', 20 to 60 tokens' * (results is vary)}: {ours} / {peer}", *speed, "tok/s", goal)
         row(f"a step, {dtype}: {eager} / ours", full[eager]["seconds"], full["ours"]["seconds"], "s", "≤ 0.65")
         for who, goal in ((eager, ""), (compiled, goals[2])):
             speed = flops(args.size, **shape) / lora[who]["seconds"] / 1e12
@@ -347,8 +371,20 @@ def command(args):
             start = time.perf_counter()
             failed = subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL).returncode
             seconds[i].append(math.nan if failed else time.perf_counter() - start)
-    ours, peer = (median(s[1:]) for s in seconds)  # the first fills the system's cache of files
+    ours, peer = np.array(seconds)[:, 1:]  # the first fills the system's cache of files
     row("from the command to the first token: ours / transformers", ours, peer, "s", "≤ 0.5")
+
+
+def two(args):
+    """Two runs of `python train.py` at once, with the GOMP_SPINCOUNT that it sets, and with OpenMP's own."""
+    from test_two_runs import two_runs
+
+    alone = {}
+    for spins, goal in (({}, "≥ 0.25"), ({"GOMP_SPINCOUNT": "300000"}, "")):
+        name = "OpenMP's own GOMP_SPINCOUNT" if spins else "train.py's GOMP_SPINCOUNT"
+        alone[name], together = np.array(two_runs(5, **spins)).T
+        row(f"{name}: one of two runs at once / one alone", together, alone[name], "steps/s", goal)
+    row(f"alone: {' / '.join(alone)}", *alone.values(), "steps/s", "≥ 0.85")
 
 
 def growth(args):
@@ -367,19 +403,17 @@ def growth(args):
         fixed = ", ".join(f"{key} {value}" for key, value in points[0].items() if key != what)
         print(f"\n| {what} ({fixed}) | step | × first | operations × first | memory | weights and kept activations |")
         print("|---" * 6 + "|")
-        jobs = {
-            point[what]: (training, dict(point, who="ours, LoRA", folder=prepare(args, point["size"])))
-            for point in points
-        }
+        folders, results = [prepare(args, point["size"]) for point in points], {}
+        jobs = [
+            (p[what], (training, dict(p, who="ours, LoRA", folder=f))) for p, f in zip(points, folders, strict=True)
+        ]
         # They take turns, too, but for the sizes: together those would not fit.
-        groups = [{key: job} for key, job in jobs.items()] if what == "size" else [jobs]
-        results = {}
-        for group in groups:
-            results |= race(args, min(args.steps, 3), group)
+        for group in [[job] for job in jobs] if what == "size" else [jobs]:
+            results |= race(args, min(args.steps, 3), dict(group))
         for point, result in zip(points, results.values(), strict=True):
-            seconds, first, counted = result["seconds"], results[points[0][what]]["seconds"], memory(**point)
+            seconds, first = median(result["seconds"]), median(results[points[0][what]]["seconds"])
             times = f"{seconds / first:.2f} | {flops(**point) / flops(**points[0]):.2f}"
-            GiB = f"{result['GiB']:.2f} GiB | {args.bytes * counted / 2**30:.2f} GiB"
+            GiB = f"{result['GiB'][-1]:.2f} GiB | {args.bytes * memory(**point) / 2**30:.2f} GiB"
             print(f"| {point[what]} | {seconds:.3g} s | {times} | {GiB} |", flush=True)
 
 
@@ -403,7 +437,7 @@ def machine(args):
 
 
 def main():
-    sections = dict(train=train, infer=infer, command=command, growth=growth)
+    sections = dict(train=train, infer=infer, command=command, two=two, growth=growth)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=sections, default=list(sections), metavar="SECTION", help=", ".join(sections))
@@ -419,7 +453,7 @@ def main():
     with tempfile.TemporaryDirectory() as args.root:
         args.folder = os.path.join(args.root, args.size)
         print(f"{args.size}, {args.batch} x {args.length} tokens, {machine(args)}, {time.strftime('%Y-%m-%d')}\n")
-        print(f"| what | ours | the other | ratio | goal |\n{'|---' * 5}|")
+        print(f"| what | ours | the other | ratio | range | goal |\n{'|---' * 6}|")
         prepare(args, args.size)
         for name in sections:
             if name in args.only:

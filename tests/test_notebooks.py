@@ -1,13 +1,22 @@
 """The notebooks: saved as they ran, and, with --slow, run again from top to bottom in a fresh kernel."""
 
 import ast
+import copy
+import functools
+import inspect
 import re
 from pathlib import Path
 
 import nbformat
 import parso  # comes with jupyter
 import pytest
+import torch
 from nbclient import NotebookClient
+
+import gpt
+import lora
+import train
+from notebooks import lesson, toy
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -78,6 +87,22 @@ def test_every_cell_is_python_3_10(path):
     assert [cell.source for cell in code_cells(notebook) if mistakes(cell.source)] == []
 
 
+@each_notebook
+def test_cells_fit_on_a_screen(path):
+    for cell in code_cells(nbformat.read(path, 4)):
+        hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
+        assert hidden or cell.source.count("\n") < 40, cell.source[:60]
+
+
+@each_notebook
+def test_sources_that_it_printed_are_those_of_the_files(path):
+    for cell in code_cells(nbformat.read(path, 4)):
+        for name in re.findall(r"print\(inspect\.getsource\(([\w.]+)\)", cell.source):
+            module = next(m for m in (gpt, lora, train, toy, lesson) if hasattr(m, name.split(".")[0]))
+            source = inspect.getsource(functools.reduce(getattr, name.split("."), module))
+            assert source in "".join(map(text_of, cell.outputs)), f"{name} has changed: run {path.name} again"
+
+
 def with_solutions(notebook):
     """Append to the notebook each exercise's solution and its check once more. Returns the checks."""
     checks = []
@@ -87,6 +112,58 @@ def with_solutions(notebook):
             checks.append(nbformat.v4.new_code_cell(notebook.cells[i - 1].source))
             notebook.cells += [nbformat.v4.new_code_cell(solution), checks[-1]]
     return checks
+
+
+def picture():
+    """methods.ipynb's methods, {name: (how it begins, its budgets)}, out of the cells that define them."""
+    config = gpt.GPTConfig(block_size=48, vocab_size=97, n_layer=2, n_head=4, n_embd=32)
+    names = vars(torch) | vars(lesson) | vars(lora) | vars(gpt) | dict(torch=torch, config=config)
+    for cell in code_cells(nbformat.read(NOTEBOOKS[0].parent / "methods.ipynb", 4)):
+        if re.search(r"^(def bitfit|class PrefixGPT|def add_prefix|PICTURE = |ALL = )", cell.source, re.MULTILINE):
+            tree = ast.parse(cell.source)
+            tree.body = [s for s in tree.body if not isinstance(s, ast.Assign | ast.Expr) or s.targets[0].id.isupper()]
+            exec(compile(tree, "methods.ipynb", "exec"), names)
+    return config, names["PICTURE"]
+
+
+CONFIG, PICTURE = picture()
+V, T, L, C = CONFIG.vocab_size, CONFIG.block_size, CONFIG.n_layer, CONFIG.n_embd
+BLOCK = 12 * C * C + 13 * C  # the parameters of one
+TRAINED = {  # {method: (how many parameters it trains, which ones)}
+    "LoRA, q v": (lambda r: L * 2 * r * 2 * C, r"c_[qv]\.lora_[AB]"),
+    "LoRA, all": (lambda r: L * r * 18 * C, r"lora_[AB]"),
+    "LoRA + prefix": (lambda r: L * 2 * r * 2 * C + 4 * C, r"c_[qv]\.lora_[AB]|prefix"),
+    "BitFit": (lambda _: L * 11 * C + C, r"bias"),
+    "top blocks": (lambda k: k * BLOCK, r"h\.1\."),
+    "prefix-embedding": (lambda l: l * C, r"prefix"),
+    "prefix-layer": (lambda l: L * l * C, r"prefix"),
+    "Adapter^H": (lambda w: L * 2 * (2 * C * w + w + C), r"(attn|mlp)\.(down|up)\."),
+    "Adapter^L": (lambda w: L * (2 * C * w + w + C + 2 * C), r"mlp\.(norm|down|up)\."),
+    "full": (lambda _: (V + T) * C + L * BLOCK + 2 * C, r""),
+}
+
+
+@pytest.mark.parametrize("method", PICTURE)
+def test_other_methods(method):
+    begin, budgets = PICTURE[method]
+    count, where = TRAINED[method]
+    torch.manual_seed(0)
+    base = gpt.GPT(CONFIG).requires_grad_(False)
+    idx = torch.randint(V, (3, 8))
+    for budget in [b for b in budgets if method != "top blocks" or b == 1]:
+        model = copy.deepcopy(base)
+        begin(model, budget)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert sum(model.get_parameter(name).numel() for name in trained) == count(budget)
+        assert all(re.search(where, name) for name in trained)
+        if "prefix" not in method.lower():
+            assert torch.equal(model(idx), base(idx))
+        for p in model.parameters():  # away from the start, where B and the adapters' last layers are zero
+            p.data += 0.05 * torch.randn_like(p)
+        model(idx, idx).backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+        text = torch.cat([idx, torch.stack(list(model.generate(idx, 4, temperature=0)), 1)], 1)
+        assert torch.equal(model(text)[:, 7:-1].argmax(-1), text[:, 8:])  # with and without a cache
 
 
 @pytest.mark.slow
