@@ -141,7 +141,7 @@ def test_e2e_is_the_papers(e2e_dir, vocabulary, tmp_path, monkeypatch):
     assert ids[start - 1] == ids[-1] == 50256
     text = " There is a place in the city centre , Alimentum , that is not family - friendly ."
     assert vocabulary.decode(ids[start:-1]) == text
-    idx, targets = train.collate(examples[:8], "cpu")
+    idx, targets = train.collate(examples[:8], torch.device("cpu"))
     row = targets[0][targets[0] != -100]
     assert vocabulary.decode(row.tolist()) == text + "<|endoftext|>"
     assert idx[0, start - 1] == 50256 and targets[0, start - 1] == ids[start] and targets[0, start - 2] == -100
