@@ -71,6 +71,7 @@ def files(tmp_path_factory):
         "no-tensors": lambda dir: (dir / "adapter_model.safetensors").unlink(),
         "half": lambda dir: os.truncate(dir / "adapter_model.safetensors", 2000),
         "dora": lambda dir: edit_json(dir / "adapter_config.json", use_dora=True),
+        "huge": lambda dir: edit_json(dir / "adapter_config.json", lora_alpha=1e300),
     }.items():
         change(shutil.copytree(top / "adapter", top / f"adapter-{name}"))
     make_gpt2(top / "wide", n_embd=64, vocab_size=380, n_positions=128)
@@ -145,6 +146,8 @@ SAMPLE = [
     ("--model {}/model --lora {}/adapter-dora", "use_dora"),
     ("--model {}/wide --lora {}/adapter", "(32, 32)", "(64, 64)"),
     ("--model {}/nan", "not finite"),
+    ("--model {}/nan --temperature 0", "not finite"),
+    ("--model {}/model --lora {}/adapter-huge", "not finite"),
     ("--model {}/model --merge", "--lora"),
     ("--model {}/model --max-new-tokens 128", "129 tokens", "128"),
     ("--model {}/model --max-new-tokens 0", "--max-new-tokens"),
