@@ -39,7 +39,7 @@ class GPTConfig:
     def check_length(self, T):
         """Raises ValueError if T tokens do not fit."""
         if T > self.block_size:
-            raise ValueError(f"{T} tokens exceed the context of {self.block_size}: shorten the text, or ask for less")
+            raise ValueError(f"{T} tokens do not fit in the context of {self.block_size}: shorten it, or ask for less")
 
 
 class Attention(nn.Module):
@@ -211,13 +211,13 @@ class GPT(nn.Module):
             parts.setdefault(re.sub(r"\.c_[qkv]\.", ".c_attn.", f"transformer.{name}"), []).append(w)
         tensors = {name: as_stored(name, torch.cat(ws)).contiguous() for name, ws in parts.items()}
         files = {
-            dir / "config.json": lambda tmp: tmp.write_text(json.dumps(settings, indent=2)),
+            dir / "config.json": json.dumps(settings, indent=2),
             dir / "model.safetensors": lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}),
         }
         if vocabulary is None:
             (dir / "vocab.tiktoken").unlink(missing_ok=True)  # another model's
         else:
-            files[dir / "vocab.tiktoken"] = lambda tmp: tmp.write_text(vocabulary)
+            files[dir / "vocab.tiktoken"] = vocabulary
         write_whole(files)
 
 
@@ -327,11 +327,9 @@ def read_config(name_or_dir):
         for key, value in GPT2_SETTINGS.items():
             if saved.get(key, value) != value and not (key == "n_inner" and saved[key] == 4 * saved["n_embd"]):
                 raise ValueError(f"{key} is {saved[key]!r}, and GPT-2's is {value!r}")
-        for ours, size in sizes.items():
-            if type(size) is not int or not 0 < size < (2**10 if ours == "n_layer" else 2**20):
-                raise ValueError(f"{SIZES[ours]} is {size!r}, not a sensible size")
-        if sizes["n_embd"] % sizes["n_head"]:
-            raise ValueError(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
+        sane = all(type(n) is int and 0 < n < 2**20 for n in sizes.values()) and sizes["n_layer"] < 2**10
+        if not sane or sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"its sizes cannot be: {sizes}")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{file} does not describe a GPT-2: {e}") from None
     return GPTConfig(**sizes)
@@ -348,6 +346,9 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
     try:
         with safe_open(file, "pt") as f:
             names = [*f.keys()]
+            tied = [f.get_tensor(name) for name in names if name.endswith(("wte.weight", "lm_head.weight"))]
+            if not all(torch.equal(tied[0], w) for w in tied[1:]):
+                raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
         for stored in names:
             name, skip = stored.removeprefix("transformer."), (".attn.bias", ".attn.masked_bias", "lm_head.weight")
             if name.endswith(skip):  # the causal mask, in older files, and wte once more
@@ -358,7 +359,7 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
                 for name, w in zip([name.replace("c_attn", part) for part in parts], ws, strict=False):
                     wanted = [*expected[name].shape] if name in expected else "not GPT-2's"
                     if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
-                        raise ValueError(f"{file}: {stored} has {name} as {w.dtype} {[*w.shape]}; wanted: {wanted}")
+                        raise ValueError(f"{file}: {name} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
                     weights[name] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {file}: put model.safetensors there") from None
@@ -382,6 +383,9 @@ def find_pretrained(name):
     return download(url, file, SHA256.get(name), check=lambda tmp: read_weights(tmp, PRETRAINED[name]))
 
 
+PATIENCE = 30  # seconds in which a server has to say something
+
+
 def download(url, file, sha256=None, check=lambda tmp: None):
     """The path `file`, fetched from url unless it is there. check(tmp) raises ValueError if what came is wrong.
 
@@ -390,7 +394,7 @@ def download(url, file, sha256=None, check=lambda tmp: None):
     if file.exists():
         return file
     tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    socket.setdefaulttimeout(30)  # seconds in which a server has to say something
+    socket.setdefaulttimeout(PATIENCE)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
@@ -407,17 +411,18 @@ def download(url, file, sha256=None, check=lambda tmp: None):
 
 
 def write_whole(files):
-    """Write several files, each whole or not at all: call write(tmp) for each {path: write}, then rename all.
-
-    The temporary names belong to this process. Raises OSError that names the path.
-    """
+    """Write files {path: text, or a function that writes to a path}, each whole or not at all: all get temporary names,
+    which belong to this process, then their own. Raises OSError that names the path."""
     tmps = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, tmp in tmps.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             tmp.touch()
             mode = tmp.stat().st_mode  # what the user's umask asks for: some writers give less
-            files[path](tmp)
+            if callable(files[path]):
+                files[path](tmp)
+            else:
+                tmp.write_text(files[path], encoding="utf-8")
             tmp.chmod(mode)
         for path, tmp in tmps.items():
             tmp.replace(path)

@@ -136,8 +136,7 @@ def save_lora(model, dir):
     config["rank_pattern"] = {name: n for name, n in r.items() if n != config["r"]}
     config["alpha_pattern"] = {name: n for name, n in alpha.items() if n != config["lora_alpha"]}
     files = {Path(dir, "adapter_model.safetensors"): lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})}
-    files[Path(dir, "adapter_config.json")] = lambda tmp: tmp.write_text(json.dumps(config, indent=2))
-    write_whole(files)
+    write_whole(files | {Path(dir, "adapter_config.json"): json.dumps(config, indent=2)})
 
 
 def load_lora(model, path):
@@ -194,6 +193,6 @@ def read_peft(dir):
                 # A column of c_attn's B is a part's if it is zero for the others; all zero, it may be anybody's.
                 mine = B_part.any(0) | ~B.any(0)
                 if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], float(alpha[0]) * r / len(A), dropout
+                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

@@ -7,11 +7,17 @@
 Models that were trained on pairs of prompt and completion expect `<|endoftext|>` between the two.
 """
 
+import argparse
 import codecs
 import os
 import re
+import signal
 from itertools import zip_longest
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -116,26 +122,21 @@ def load_microsoft(model, file):
 
     Raises OSError, or ValueError if the file is not such an adapter, or is one for another base.
     """
+    Path(file).open("rb").close()  # can it be read?
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         saved = saved.get("model_state_dict", saved)
         saved = {re.sub(r"^(module\.)?(transformer\.)?", "", name): w.float() for name, w in saved.items()}
-    except OSError:
-        raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged, or holds no tensors ({type(e).__name__}): copy it again") from None
-    C, adapter = model.config.n_embd, []
-    # The base may be in the file, too, with its masks, and with its embedding once more as the head.
-    base = {re.sub(r"\.c_[qkv]\.", ".c_attn.", name) for name in model.state_dict()}
-    extra = re.compile(r"lm_head\.(decoder\.)?weight|h\.\d+\.attn\.(masked_)?bias")
     wanted = {f"h.{i}.attn.c_attn.lora_{part}" for i in range(len(model.h)) for part in "AB"}
-    if odd := {name for name in saved.keys() - base if not extra.fullmatch(name)} ^ wanted:
+    if odd := {name for name in saved if "lora_" in name} ^ wanted:  # the base may be in the file, too
         raise ValueError(f"{file} is no adapter of Microsoft's for this model: look for {min(odd)}")
+    adapter = []
     for i in range(len(model.h)):
         A, B = (saved[f"h.{i}.attn.c_attn.lora_{part}"] for part in "AB")
-        r = A.numel() // (2 * C)
-        if r == 0 or A.shape != (2 * r, C) or B.shape != (2 * C, r):
-            raise ValueError(f"{file}, layer {i}: A is {[*A.shape]}, B {[*B.shape]}, and not [2r, {C}], [{2 * C}, r]")
+        if A.ndim != 2 or B.ndim != 2 or not 0 < len(A) == 2 * B.shape[1]:
+            raise ValueError(f"{file}, layer {i}: A is {[*A.shape]}, B {[*B.shape]}, and not [2r, C], [2C, r]")
         for part, A_part, B_part in zip(("c_q", "c_v"), A.chunk(2), B.chunk(2), strict=True):
             adapter.append((f"h.{i}.attn.{part}", A_part, B_part, 32, 0.0))
     put(model, adapter, file)
@@ -144,12 +145,8 @@ def load_microsoft(model, file):
 # ---- The command -------------------------------------------------------------------------------------------
 
 
-# The files of a base or an adapter, for which no output may be written.
-FILES = ("config.json", "model.safetensors", "vocab.tiktoken", "adapter_config.json", "adapter_model.safetensors", "")
-
-
 def make_parser():
-    parser = train.Parser("sample.py", description="Let GPT-2, with or without an adapter, write.")
+    parser = argparse.ArgumentParser("sample.py", argparse.SUPPRESS, "Let GPT-2, with or without an adapter, write.")
     add = parser.add_argument
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter, or a FILE.pt that Microsoft published (its alpha is taken to be 32)")
@@ -174,9 +171,7 @@ def make_parser():
 
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(argv)
-    with train.one_line_errors(parser):
-        run(args)
+    train.command(parser, run, parser.parse_args(argv))
 
 
 def run(args):
@@ -189,13 +184,15 @@ def run(args):
     device = train.pick_device(args.device)
     config, tokenizer = train.describe_base(args.model)
     if args.data:
-        references = read_references(args.data)
-        prompts = {prompt: tokenizer.encode_ordinary(prompt) + [tokenizer.eot_token] for prompt in references}
-        check_files(args)
+        references, beside = read_references(args.data), args.out.with_suffix(".references.txt")
+        longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
+        for out in (args.out, beside):
+            train.refuse_overwriting(out, args.data.removeprefix("e2e:"))
+            if out.suffix != ".txt" or out.exists() and not out.is_file() or not os.access(f"{out.parent}/", os.W_OK):
+                raise ValueError(f"--out {out}: not a .txt file that can be written; name another")
     else:
-        prompt = args.prompt or ""
-        prompts = {prompt: tokenizer.encode(prompt, allowed_special={END}) or [tokenizer.eot_token]}
-    longest = max(map(len, prompts.values()))
+        ids = tokenizer.encode(args.prompt or "", allowed_special={END}) or [tokenizer.eot_token]
+        longest = len(ids)
     n = args.max_new_tokens or (64 if args.data else max(1, min(200, config.block_size - longest)))
     config.check_length(longest + n)
     model = train.load_base(args.model, getattr(torch, args.dtype), device)
@@ -204,10 +201,19 @@ def run(args):
     if args.merge:
         merge_lora(model)
     if args.data:
-        write_outputs(args, n, model, tokenizer, references)
+        outputs = search_outputs(model, tokenizer, references, n, args)
+        blocks = [
+            "".join(line + "\n" for line in block) for block in references.values()
+        ]  # as the E2E scorer reads them
+        write_whole({args.out: "".join(line + "\n" for line in outputs), beside: "\n".join(blocks)})
+        print(f"\n{len(outputs)} outputs in {args.out}, their references in {beside}")
+        try:
+            print(f"BLEU {bleu(outputs, [*references.values()]):.2f}")
+        except ImportError:
+            print(f"for BLEU, pip install sacrebleu; or with e2e-metrics: measure_scores.py -p {beside} {args.out}")
         return
-    idx, generator = torch.tensor([prompts[prompt]], device=device), torch.Generator(device).manual_seed(args.seed)
-    print(prompt, end="", flush=True)
+    idx, generator = torch.tensor([ids], device=device), torch.Generator(device).manual_seed(args.seed)
+    print(args.prompt or "", end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end in the middle of a character
     for token in model.generate(idx, n, args.temperature, args.top_k, generator):
         if token.item() >= tokenizer.eot_token:  # what is beyond it, in a padded vocabulary, has no text either
@@ -216,42 +222,16 @@ def run(args):
     print()
 
 
-def check_files(args):
-    """Refuse an --out that cannot be written, or that is one of the files to read, before the work starts."""
-    read = [
-        args.data.removeprefix("e2e:"),
-        *(Path(dir, name) for dir in (args.model, args.lora or "") for name in FILES),
-    ]
-    for out in (args.out, args.out.with_suffix(".references.txt")):
-        if not os.access(f"{out.parent}/", os.W_OK) or out.exists() and not out.is_file():
-            raise ValueError(f"--out {out}: no file can be written there; name another")
-        train.refuse_overwriting(out, *read)
-
-
-def write_outputs(args, n, model, tokenizer, references):
-    """Write the outputs, and their references in the format of the E2E challenge's scorer; print the BLEU."""
+def search_outputs(model, tokenizer, prompts, n, args):
+    """What beam search finds for each prompt, in at most n tokens: a list of texts, one line each."""
     blank_line = tokenizer.encode_ordinary("\n\n")  # the paper's outputs end at one, too
     ends = {*range(tokenizer.eot_token, model.config.vocab_size), *(blank_line if len(blank_line) == 1 else [])}
 
     def search(idx):
         return beam_search(model, idx, args.beam, n, args.length_penalty, args.no_repeat_ngram, ends)
 
-    texts = train.complete(model, tokenizer, references, search=search, batch_size=args.batch_size)
-    outputs = [" ".join(text.split("\n\n")[0].split()) for text in texts]
-    beside = args.out.with_suffix(".references.txt")
-    blocks = "\n".join("".join(line + "\n" for line in block) for block in references.values())  # an empty line between
-    lines = "".join(line + "\n" for line in outputs)
-    write_whole(
-        {
-            beside: lambda tmp: tmp.write_text(blocks, encoding="utf-8"),
-            args.out: lambda tmp: tmp.write_text(lines, encoding="utf-8"),
-        }
-    )
-    print(f"\n{len(outputs)} outputs in {args.out}, their references in {beside}")
-    try:
-        print(f"BLEU {bleu(outputs, [*references.values()]):.2f}")
-    except ImportError:
-        print(f"for BLEU, pip install sacrebleu; or in tuetschek/e2e-metrics: measure_scores.py -p {beside} {args.out}")
+    texts = train.complete(model, tokenizer, prompts, search=search, batch_size=args.batch_size)
+    return [" ".join(text.split("\n\n")[0].split()) for text in texts]
 
 
 if __name__ == "__main__":

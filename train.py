@@ -8,10 +8,7 @@ From top to bottom: the settings, the data sets, the training loop, the base and
 """
 
 import argparse
-import contextlib
-import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -19,10 +16,14 @@ import shlex
 import signal
 import sys
 import time
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads of torch that wait soon leave their core to other runs
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds: Ctrl-C ends them without a traceback
+
 import torch
-from safetensors import SafetensorError
 
 from gpt import END, GPT, PRETRAINED, download, load_tokenizer, own_vocabulary, read_config, send, write_whole
 from lora import add_lora, save_lora
@@ -35,39 +36,53 @@ DEFAULTS = {  # what depends on the data; for e2e the paper's (its table 11)
     "e2e": dict(epochs=5, batch_size=8, lr=2e-4, label_smoothing=0.1, lora_dropout=0.1, eval_every=500),
     "file": dict(epochs=3, batch_size=8, lr=2e-4, label_smoothing=0.0, lora_dropout=0.0, eval_every=500),
 }
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser():
-    parser = Parser("train.py", description="Fine-tune GPT-2 with LoRA, or all of it, on one GPU or a CPU.")
+    # Without a usage line, which would be longer than a screen, argparse's errors are one line.
+    about = "Fine-tune GPT-2 with LoRA, or all of it, on one GPU or a CPU."
+    epilog = "* The default depends on --data; every run prints what it uses."
+    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about, epilog)
     add = parser.add_argument
     add("--model", default="tiny", help=f"the base: tiny (made on the first run), {', '.join(PRETRAINED)}, or a folder")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters (the default), or all weights")
-    add("--r", type=number(int, 1, 10**5), default=4, help="rank of the adapters (4)")
+    add("--r", type=number(int, 1, 1e5), default=4, help="rank of the adapters (4)")
     add("--alpha", type=number(float, 1e-6, 1e6), default=32, help="the adapters' output is scaled by alpha / r (32)")
     add("--lora-dropout", type=number(float, 0, 0.99), help="dropout on the adapters' input *")
     add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v, the query and the value)")
-    add("--steps", type=number(int, 1, 10**9), help="how often the weights are updated *")
-    add("--batch-size", type=number(int, 1, 10**6), help="examples that are computed at a time *")
-    add("--grad-accum", type=number(int, 1, 10**6), default=1, help="batches of that size in one step (1)")
+    add("--steps", type=number(int, 1, 1e9), help="how often the weights are updated *")
+    add("--batch-size", type=number(int, 1, 1e6), help="examples that are computed at a time *")
+    add("--grad-accum", type=number(int, 1, 1e6), default=1, help="batches of that size in one step (1)")
     add("--lr", type=number(float, 1e-12, 1e3), help="the highest learning rate *")
     add("--weight-decay", type=number(float, 0, 1e3), default=0.01, help="AdamW's (0.01)")
-    add("--warmup", type=number(int, 0, 10**9), help="steps in which the learning rate rises; then it falls to zero *")
+    add("--warmup", type=number(int, 0, 1e9), help="steps in which the learning rate rises; then it falls to zero *")
     add("--label-smoothing", type=number(float, 0, 0.99), help="part of each target that is spread over all tokens *")
-    add("--eval-every", type=number(int, 1, 10**9), help="steps between looks at held-out data; each saves the state *")
+    add("--eval-every", type=number(int, 1, 1e9), help="steps between looks at held-out data; each saves the state *")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=DTYPES, help="of frozen weights (on a GPU the 16 bits that it computes in, else float32)")
     add("--compile", action="store_true", help="compile the model: slower to start, faster steps")
     add("--out", type=Path, help="folder for the result, log.csv and the state of an unfinished run (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.epilog = "* The default depends on --data; every run prints what it uses."
     parser.set_defaults(**DEFAULTS["toy"])
     return parser
 
 
+def number(kind, low, high):
+    """An argparse type: a number of this kind, from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+
+    return parse
+
+
 def settings(**changes):
-    """The command's settings as it takes them when nothing is given, but for these changes: an argparse.Namespace."""
+    """The settings of `python train.py`, but for these changes: an argparse.Namespace."""
     return argparse.Namespace(**vars(make_parser().parse_args([])) | changes)
 
 
@@ -99,31 +114,39 @@ def load_data(name, tokenizer, block_size):
     the data set itself, the last twentieth is. Raises OSError or ValueError.
     """
     kind, _, rest = name.partition(":")
-    if kind == "toy":
-        voices = {voice: [voice] for voice in toy.VOICES} | {"all": list(toy.VOICES)}
-        if rest not in voices:
-            raise ValueError(f"no voice '{rest}': name one of {', '.join(f'toy:{voice}' for voice in voices)}")
-        parts = [toy.toy_pairs(restaurants, voices[rest]) for restaurants in toy.toy_world()]
-    elif name == "e2e":
-        parts = [read_pairs(e2e_file("train.txt")), read_pairs(e2e_file("valid.txt"))]
-    elif kind == "e2e" or name.endswith(".jsonl"):
-        parts = [read_pairs(rest if kind == "e2e" else name)]
+    if kind == "toy" and rest in [*toy.VOICES, "all"]:
+        voices = toy.VOICES if rest == "all" else [rest]
+        parts = [toy.toy_pairs(restaurants, voices) for restaurants in toy.toy_world()]
+    elif kind == "e2e":
+        parts = [read_pairs(file) for file in ([rest] if rest else [e2e_file("train.txt"), e2e_file("valid.txt")])]
+    elif name.endswith(".jsonl"):
+        parts = [read_pairs(name)]
     elif name.endswith(".txt"):
         return hold_out(text_blocks(name, tokenizer, block_size))
     else:
-        raise ValueError(f"no data set '{name}': name toy:VOICE, e2e, or a file that ends with .jsonl or .txt")
-    examples = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
-    fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in examples]
-    if left_out := sum(map(len, examples)) - sum(map(len, fit)):
+        raise ValueError(f"no data set '{name}': name toy:all, toy: and one of {', '.join(toy.VOICES)}, e2e, or a file")
+    parts = [[encode_pair(tokenizer, *pair) for pair in part] for part in parts]
+    fit = [[example for example in part if len(example[0]) <= block_size + 1] for part in parts]
+    if left_out := sum(map(len, parts)) - sum(map(len, fit)):
         print(f"{name}: left out {left_out} examples, which are longer than the context of {block_size} tokens")
     if not fit[0]:
-        raise ValueError(f"{name} has no example that fits in the base's context of {block_size} tokens")
-    return tuple(fit) if len(fit) == 2 else hold_out(fit[0])
+        raise ValueError(
+            f"{name} does not fit in a context of {block_size} tokens: shorten its texts, or name another base"
+        )
+    return fit if len(fit) == 2 else hold_out(fit[0])
 
 
 def hold_out(examples):
     n = len(examples) - len(examples) // 20
-    return examples[:n], examples[n:]
+    return [examples[:n], examples[n:]]
+
+
+def text_blocks(path, tokenizer, block_size):
+    """Plain text in pieces that fill the context. They overlap by a token: what one ends with, the next starts from."""
+    ids = tokenizer.encode(read_text(path), allowed_special={END})
+    if len(ids) <= block_size:
+        raise ValueError(f"{path} has {len(ids)} tokens, and one example takes {block_size + 1}: add text")
+    return [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
 
 
 def encode_pair(tokenizer, prompt, completion):
@@ -132,21 +155,11 @@ def encode_pair(tokenizer, prompt, completion):
     return head + tokenizer.encode_ordinary(" " + completion) + [tokenizer.eot_token], len(head)
 
 
-def text_blocks(path, tokenizer, block_size):
-    """Plain text in pieces that fill the context. They overlap by a token: what one ends with, the next starts from."""
-    ids = tokenizer.encode(read_text(path), allowed_special={END})
-    blocks = [(ids[i : i + block_size + 1], 1) for i in range(0, len(ids) - block_size, block_size)]
-    if not blocks:
-        raise ValueError(f"{path} has {len(ids)} tokens, and one example takes {block_size + 1}: add text")
-    return blocks
-
-
 def read_pairs(path):
     """[(prompt, completion)], of lines {"prompt": ..., "completion": ...} in a .jsonl, prompt||completion elsewhere."""
     pairs, as_json = [], str(path).endswith(".jsonl")
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
-            line = line.strip()
             prompt, completion = map(json.loads(line).get, ("prompt", "completion")) if as_json else line.split("||", 1)
             (prompt + completion).encode()  # only text will do, and only what UTF-8 can hold
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -163,7 +176,7 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
-    return text.rstrip("\n")
+    return text
 
 
 def collate(examples, device):
@@ -183,25 +196,25 @@ def count_targets(examples):
 # ---- The training loop -------------------------------------------------------------------------------------
 
 
-def train(model, examples, held_out, args, report=None, state=None, stopped=(), optimizer=None):
+def train(model, examples, held_out, args, report=None, optimizer=None):
     """Train what requires a gradient, LoRA's A and B or everything, on examples from `load_data`.
 
-    args is what `settings` or the parser gives. report(row) is called with each new row of the log. With args.out, that
-    folder gets log.csv, and at every look state.pt: pass what it holds as state to go on from there. Once `stopped` is
-    not empty, the run saves and ends. An optimizer of your own goes in place of AdamW; its rates are the highest ones.
+    args is what `settings` returns. With args.out, that folder gets log.csv and, at every look and when a signal ends
+    the run, state.pt, from which args.resume goes on. report(row) gets each new row of the log. An optimizer of your
+    own takes AdamW's place: the rates of its groups are the highest ones.
     Returns the log, a list of dicts of numbers. Raises FloatingPointError if the loss is not finite.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
     highest = [group["lr"] for group in optimizer.param_groups]
-    device, held, size = params[0].device, model.wte.weight.dtype, args.batch_size * args.grad_accum
+    device, held = params[0].device, model.wte.weight.dtype
     dtype = getattr(torch, args.dtype) if args.dtype else held
     autocast = torch.autocast(device.type, dtype, enabled=dtype != held)
     # In float16, small gradients would vanish: they are scaled up, as far as the largest allow.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    steps, warmup = args.steps, min(500, args.steps // 10) if args.warmup is None else args.warmup
     first, log, losses = 0, [], 0.0
-    if state:
+    if args.resume:
+        state = load_state(args)
         first, log, losses = state["step"], state["log"], state["losses"]
         for p, saved in zip(params, state["params"], strict=True):
             p.data.copy_(saved)
@@ -210,25 +223,25 @@ def train(model, examples, held_out, args, report=None, state=None, stopped=(), 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    @functools.lru_cache(2)
-    def order(epoch):
-        return torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-
     model.train()
+    stopped = catch_signals() if args.out else ()
+    steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
+    # Epoch after epoch, the examples in a new order.
+    draw, epochs = torch.Generator().manual_seed(args.seed), math.ceil(steps * size / len(examples))
+    order = torch.cat([torch.randperm(len(examples), generator=draw) for _ in range(epochs)])
     tokens, began, last = 0, time.time(), time.time()
     for step in range(first, steps):
-        for group, lr in zip(optimizer.param_groups, highest, strict=True):  # linear rise, linear fall
+        for group, lr in zip(optimizer.param_groups, highest, strict=True):  # a linear rise, then a linear fall
             group["lr"] = lr * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
         torch.manual_seed(args.seed + step)  # for dropout: a run that goes on from here draws the same
-        places = [divmod(i, len(examples)) for i in range(step * size, (step + 1) * size)]
-        batch = [examples[order(epoch)[i]] for epoch, i in places]
+        batch = [examples[i] for i in order[step * size : (step + 1) * size]]
         for part in (batch[i : i + args.batch_size] for i in range(0, size, args.batch_size)):
             with autocast:
                 loss = model(*collate(part, device), args.label_smoothing)
-            loss = loss * (count_targets(part) / count_targets(batch))  # they add up to the whole batch's
+            loss = loss * (count_targets(part) / count_targets(batch))  # the parts add up to the batch's mean
             scaler.scale(loss).backward()
             losses = losses + loss.detach()
-        scaler.step(optimizer)  # not if a gradient has overflowed: then update() lowers the scale
+        scaler.step(optimizer)  # not if a gradient has overflowed: update() then lowers the scale
         scaler.update()
         optimizer.zero_grad()
         tokens += sum(len(ids) - 1 for ids, _ in batch)
@@ -241,8 +254,9 @@ def train(model, examples, held_out, args, report=None, state=None, stopped=(), 
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done}: start again with a --lr below {args.lr}")
         if logging:
-            row = dict(step=done, loss=loss, val_loss=None, lr=optimizer.param_groups[0]["lr"])
-            row |= dict(tokens_per_s=tokens / (time.time() - last), memory_gb=gpu_memory(device))
+            row = dict(step=done, loss=loss, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
+            row["tokens_per_s"] = tokens / (time.time() - last)
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
             row["seconds_left"] = (time.time() - began) / (done - first) * (steps - done)
             if look and held_out:
                 with autocast:
@@ -251,16 +265,14 @@ def train(model, examples, held_out, args, report=None, state=None, stopped=(), 
             losses, tokens, last = 0.0, 0, time.time()
             if report:
                 report(row)
-            if args.out:
-                lines = [row, *({key: "" if x is None else x for key, x in r.items()}.values() for r in log)]
-                text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-                write_whole({args.out / "log.csv": lambda tmp, text=text: tmp.write_text(text)})
         if args.out and (look or stopped):
-            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params])
-            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), settings=remembered(args))
-            write_whole({args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)})
+            state = dict(step=done, log=log, losses=losses, params=[p.detach() for p in params], settings=args.settings)
+            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            lines = [",".join(map(str, line)) for line in (log[:1] + [row.values() for row in log])]
+            save = {args.out / "state.pt": lambda tmp, state=state: torch.save(state, tmp)}
+            write_whole(save | {args.out / "log.csv": "\n".join(lines) + "\n"})
         if stopped:
-            break
+            raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {args.out / 'state.pt'}")
     model.eval()
     return log
 
@@ -276,39 +288,27 @@ def evaluate(model, examples, batch_size):
     return float(total) / count_targets(examples)
 
 
-def gpu_memory(device):
-    """The most memory of the GPU that training has had in use, in GB; None on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return torch.mps.driver_allocated_memory() / 1e9 if device.type == "mps" else None
-
-
 def print_row(row):
     minutes, seconds = divmod(round(row["seconds_left"]), 60)
     line = f"step {row['step']:5}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_s']:6,.0f} tokens/s"
-    line += "" if row["memory_gb"] is None else f"  {row['memory_gb']:.2f} GB"
-    line += "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
+    line += "" if math.isnan(row["memory_gb"]) else f"  {row['memory_gb']:.2f} GB"
+    line += "" if math.isnan(row["val_loss"]) else f"  val loss {row['val_loss']:.4f}"
     print(f"{line}  {minutes}:{seconds:02} left", flush=True)
 
 
-def remembered(args):
-    """The settings that a run that goes on must share with the one that was interrupted."""
-    return {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
-
-
-def load_state(file, args):
+def load_state(args):
     """What an interrupted run has saved. Raises OSError, or ValueError if it is damaged or of another run."""
+    file = args.out / "state.pt"
+    file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        differs = [(key, state["settings"][key], value) for key, value in remembered(args).items()]
+        other = [key for key, value in args.settings.items() if state["settings"][key] != value]
         [state[key] for key in ("step", "log", "losses", "params", "optimizer", "scaler")]
-    except OSError:
-        raise
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
-    for key, then, now in differs:
-        if then != now:
-            raise ValueError(f"{file} is of a run with {key} = {then}, not {now}: resume with the settings it had")
+    if other:
+        then = ", ".join(f"{key} = {state['settings'][key]}" for key in other)
+        raise ValueError(f"{file} is of a run with {then}: go on with what it had")
     return state
 
 
@@ -320,10 +320,9 @@ def describe_base(name):
     if name == "tiny":
         return toy.toy_base()
     config, tokenizer = read_config(name), load_tokenizer(name)
-    if tokenizer.n_vocab > config.vocab_size:
+    if (n := tokenizer.n_vocab) > config.vocab_size:
         raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, and this tokenizer has {tokenizer.n_vocab}: "
-            "put the model's own vocab.tiktoken into its folder"
+            f"{name} has {config.vocab_size} tokens, its tokenizer {n}: put its own vocab.tiktoken beside it"
         )
     return config, tokenizer
 
@@ -341,7 +340,7 @@ def load_base(name, dtype=torch.float32, device="cpu", report=None):
         model = GPT(config)
         train(model, *data, settings(**toy.TINY_RECIPE), report)
         model.save_pretrained(toy.TINY, toy.toy_vocabulary())
-        write_whole({made_by: lambda tmp: tmp.write_text(recipe)})
+        write_whole({made_by: recipe})
     try:
         return GPT.from_pretrained(toy.TINY, dtype, device)
     except (OSError, ValueError) as e:
@@ -371,11 +370,11 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
     ids = {prompt: tokenizer.encode_ordinary(prompt) + [end] for prompt in prompts}
     # Prompts of one length need no padding. The longest come first: if memory is short, it shows at once.
-    for _, group in itertools.groupby(sorted(ids, key=lambda p: -len(ids[p])), lambda p: len(ids[p])):
-        while batch := list(itertools.islice(group, batch_size)):
+    for _, group in groupby(sorted(ids, key=lambda p: -len(ids[p])), lambda p: len(ids[p])):
+        while batch := list(islice(group, batch_size)):
             found = (search or draw)(torch.tensor([ids[prompt] for prompt in batch], device=device))
             for prompt, tokens in zip(batch, found, strict=True):
-                texts[prompt] = tokenizer.decode(list(itertools.takewhile(lambda t: t < end, tokens))).strip()
+                texts[prompt] = tokenizer.decode(list(takewhile(lambda t: t < end, tokens))).strip()
             if search:
                 left = round((time.time() - began) / len(texts) * (len(ids) - len(texts)))
                 print(f"\r{len(texts)}/{len(ids)} prompts  {left // 60}:{left % 60:02} left ", end="", flush=True)
@@ -384,44 +383,26 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
 # ---- The command -------------------------------------------------------------------------------------------
 
-DTYPES = ("float32", "bfloat16", "float16")
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
-
-
-@contextlib.contextmanager
-def one_line_errors(parser):
-    """The one place where a command turns what its user can do something about into a message."""
+def command(parser, run, args):
+    """Run a command: the one place that turns what its user can do something about into a message of one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
-        yield
+        run(args)
     except KeyboardInterrupt as e:
         parser.exit(130, f"\n{parser.prog}: {e if e.args else 'stopped'}\n")
-    except RuntimeError as e:
-        if "memory" in str(e):  # a GPU's or the machine's, which torch calls differently
-            parser.error("the memory is full: lower --batch-size, or take a smaller --model")
-        if "compile" not in type(e).__module__ + str(e):
-            raise
-        parser.error(f"--compile does not work on this machine: leave it out ({str(e).strip().splitlines()[0]})")
-    except (OSError, ValueError, FloatingPointError, SafetensorError) as e:
-        parser.error(e)
-
-
-def number(kind, low, high):
-    """An argparse type: a number of this kind, from low to high."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
-
-    return parse
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as e:
+        message = " ".join(str(e).split())
+        if isinstance(e, RuntimeError):
+            if "memory" in message:  # a GPU's or the machine's
+                message = "the memory is full: lower --batch-size, or take a smaller --model"
+            elif "compile" in f"{type(e)} {message}".lower():
+                message = f"--compile does not work on this machine, leave it out: {message[:200]}"
+            else:
+                raise
+        parser.error(message)
 
 
 def pick_device(name):
@@ -446,31 +427,26 @@ def refuse_overwriting(out, *read):
             raise ValueError(f"--out {out} is what is read: name another")
 
 
-@contextlib.contextmanager
-def deferred_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
+def catch_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends the run."""
     caught = []
 
-    def defer(number, frame):
-        if caught:
-            raise KeyboardInterrupt
+    def catch(number, frame):
         caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    numbers = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {s: signal.signal(s, defer) for s in numbers if signal.getsignal(s) != signal.SIG_IGN}  # as nohup asks
-    try:
-        yield caught
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
+            signal.signal(number, catch)
+    return caught
 
 
 def main(argv=None):
     parser = make_parser()
     kind = parser.parse_args(argv).data.partition(":")[0]
     parser.set_defaults(**dict(steps=None) | DEFAULTS.get(kind, DEFAULTS["file"]))
-    with one_line_errors(parser):
-        run(parser.parse_args(argv))
+    command(parser, run, parser.parse_args(argv))
 
 
 def run(args):
@@ -492,46 +468,40 @@ def run(args):
     name = f"{base.name}-{Path(args.data).stem.replace(':', '-')}" + "-full" * full
     out = args.out = args.out or Path("out", name)
     refuse_overwriting(out, base)
-    state_file = out / "state.pt"
-    if state_file.exists() and not args.resume:
-        raise ValueError(f"{state_file} is there, of an unfinished run: add --resume to go on, or delete it")
-    if args.resume and not state_file.exists():
-        raise ValueError(f"nothing to resume: there is no {state_file}; leave --resume out to start")
-    parent = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
+    state = out / "state.pt"
+    if state.exists() != args.resume:
+        what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
+        raise ValueError(f"{state} is {what}")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    size = sum(p.numel() for p in model.parameters())
-    args.trained_on = fingerprint(data)
-    args.started_from = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
-    state = load_state(state_file, args) if args.resume else None
     out.mkdir(parents=True, exist_ok=True)
+    # A run that goes on must have these in common with the one that was interrupted.
+    elsewhere = ("out", "resume", "device", "compile")
+    args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
+    args.settings["hash of the data"] = fingerprint(data)
+    args.settings["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     comparing = kind == "toy" and voice != "all"
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]]
     before = complete(model, tokenizer, prompts, seed=3) if comparing else None  # other draws than afterwards
+    size = sum(p.numel() for p in model.parameters())
     torch.manual_seed(args.seed)
     if not full:
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = "all weights" if full else f"LoRA, r = {args.r} and alpha = {args.alpha:g} on {' '.join(args.targets)}"
-    print(f"base      {args.model}: {size:,} parameters, {str(model.wte.weight.dtype)[6:]}, on {device}")
-    print(f"data      {args.data}: {len(data[0]):,} examples, and {len(data[1]):,} held out")
-    print(f"method    {what}: {trained:,} parameters, {trained / size:.2%} of the base's")
-    keys = "steps batch_size grad_accum lr warmup weight_decay label_smoothing lora_dropout eval_every seed".split()
-    print(f"settings  {', '.join(f'{key} {getattr(args, key)}' for key in keys)}\n")
+    print(f"{len(data[0]):,} examples to train on, {len(data[1]):,} held out; {size:,} parameters, on {device}")
+    print(
+        f"{trained:,} of them are trained" if full else f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them"
+    )
+    print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
 
-    with deferred_signals() as stopped:
-        train(model, *data, args, print_row, state, stopped)
-    if stopped:
-        raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {state_file}")
+    train(model, *data, args, print_row)
     if full:
         model.save_pretrained(out, toy.toy_vocabulary() if args.model == "tiny" else own_vocabulary(args.model))
     else:
         save_lora(model, out)
-    state_file.unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     if comparing:
         with torch.compiler.set_stance("force_eager"):  # in writing, each new token has other shapes
             toy.print_comparison(voice, before, complete(model, tokenizer, prompts))

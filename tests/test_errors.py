@@ -14,6 +14,7 @@ import sample
 import train
 from gpt import GPT
 from lora import add_lora, save_lora
+from notebooks import toy
 
 TEXTS = {
     "empty.txt": b"",
@@ -48,7 +49,7 @@ def files(tmp_path_factory):
     (top / "a-file").touch()
 
     make_gpt2(top / "model", vocab_size=380, n_positions=128)
-    (top / "model" / "vocab.tiktoken").write_text(train.toy_vocabulary())
+    (top / "model" / "vocab.tiktoken").write_text(toy.toy_vocabulary())
     for name, change in {
         "no-config": lambda dir: (dir / "config.json").unlink(),
         "llama": lambda dir: edit_json(dir / "config.json", model_type="llama"),
@@ -73,7 +74,7 @@ def files(tmp_path_factory):
     }.items():
         change(shutil.copytree(top / "adapter", top / f"adapter-{name}"))
     make_gpt2(top / "wide", n_embd=64, vocab_size=380, n_positions=128)
-    (top / "wide" / "vocab.tiktoken").write_text(train.toy_vocabulary())
+    (top / "wide" / "vocab.tiktoken").write_text(toy.toy_vocabulary())
     return top
 
 
@@ -88,13 +89,13 @@ TRAIN = [
     ("--model {}/missing", "ln_f.bias"),
     ("--model {}/vocabulary", "vocab.tiktoken"),
     ("--model {}/small-vocabulary", "300", "380"),
-    ("--data toy:parrot", "parrot", "toy:pirate"),
-    ("--data toy", "toy:pirate"),
-    ("--data poems", "poems", ".txt"),
+    ("--data toy:parrot", "parrot", "pirate"),
+    ("--data toy", "pirate"),
+    ("--data poems", "poems", "e2e"),
     ("--data {}/absent.txt", "absent.txt"),
     ("--data {}/absent.jsonl", "absent.jsonl"),
     ("--data e2e:{}/absent.txt", "absent.txt"),
-    ("--data {}", "data set"),
+    ("--data {}", "no data set"),
     ("--data {}/empty.txt", "empty"),
     ("--data {}/short.txt", "short.txt", "129"),
     ("--data {}/latin.txt", "latin.txt", "UTF-8"),
@@ -107,8 +108,8 @@ TRAIN = [
     ("--method dora", "dora", "full"),
     ("--targets c_x", "c_x", "c_q"),
     ("--targets c_q q_proj", "q_proj", "attn.c_proj"),
-    ("--r 0", "--r", "'0'"),
-    ("--r -4", "--r", "'-4'"),
+    ("--r 0", "--r", "0"),
+    ("--r -4", "--r", "-4"),
     ("--r 129", "129", "128"),
     ("--r four", "--r", "'four'"),
     ("--alpha 0", "--alpha"),
@@ -130,8 +131,8 @@ TRAIN = [
     ("--seed -1", "--seed"),
     ("--device tpu", "tpu", "cuda"),
     ("--dtype int8", "int8", "bfloat16"),
-    ("--out {}/a-file", "a-file"),
-    ("--out {}/a-file/out", "a-file"),
+    ("--model {}/model --out {}/a-file", "a-file"),
+    ("--model {}/model --out {}/a-file/out", "a-file"),
     ("--resume", "--resume"),
     ("--rank 4", "--rank"),
 ]
@@ -143,9 +144,9 @@ SAMPLE = [
     ("--model {}/model --lora {}/adapter-dora", "use_dora"),
     ("--model {}/wide --lora {}/adapter", "(32, 32)", "(64, 64)"),
     ("--model {}/model --merge", "--lora"),
-    ("--model {}/model --max-new-tokens 128", "128", "--max-new-tokens"),
+    ("--model {}/model --max-new-tokens 128", "129 tokens", "128"),
     ("--model {}/model --max-new-tokens 0", "--max-new-tokens"),
-    ("--model {}/model --prompt " + "a" * 200, "200", "128"),
+    ("--model {}/model --prompt " + "a" * 200, "201 tokens", "128"),
     ("--model {}/model --temperature -1", "--temperature"),
     ("--model {}/model --top-k 0", "--top-k"),
 ]
@@ -157,7 +158,7 @@ SAMPLE = [
 )
 def test_mistakes_get_one_line(command, line, culprits, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "TINY", tmp_path / "out" / "tiny")
+    monkeypatch.setattr(toy, "TINY", tmp_path / "out" / "tiny")
     with pytest.raises(SystemExit) as e:
         command.main(line.format(*[files] * line.count("{}")).split())
     err = capsys.readouterr().err
@@ -180,6 +181,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, capsys):
         train.main(f"--model {files}/nan --data {files}/good.jsonl --steps 4 --out {tmp_path}/out".split())
     assert e.value.code == 2
     assert (
-        capsys.readouterr().err
-        == "train.py: error: the loss of step 1 is nan: start again with a lower --lr than 0.0002\n"
+        capsys.readouterr().err == "train.py: error: the loss is nan at step 1: start again with a --lr below 0.0002\n"
     )

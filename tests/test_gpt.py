@@ -101,7 +101,7 @@ COUNTS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030
 @pytest.mark.parametrize("name, count", COUNTS.items())
 def test_parameters_are_as_many_as_published(name, count):
     with torch.device("meta"):
-        assert sum(p.numel() for p in GPT(gpt.PRETRAINED[name][0]).parameters()) == count
+        assert sum(p.numel() for p in GPT(gpt.PRETRAINED[name]).parameters()) == count
 
 
 def test_bfloat16_is_near_float32(tmp_path):
@@ -163,23 +163,23 @@ DAMAGES = {
     "no folder": (shutil.rmtree, FileNotFoundError, "no model '.*folder"),
     "no config": (lambda dir: (dir / "config.json").unlink(), FileNotFoundError, "config.json"),
     "no weights": (lambda dir: (dir / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors"),
-    "config not JSON": (content("config.json", lambda file: file[:-9]), ValueError, "config.json: "),
-    "config not an object": (content("config.json", lambda file: b"[]"), ValueError, "config.json: "),
-    "config not text": (content("config.json", lambda file: b"\xff"), ValueError, "config.json: "),
+    "config not JSON": (content("config.json", lambda file: file[:-9]), ValueError, "config.json does not describe"),
+    "config not an object": (content("config.json", lambda file: b"[]"), ValueError, "config.json does not describe"),
+    "config not text": (content("config.json", lambda file: b"\xff"), ValueError, "config.json does not describe"),
     "config without sizes": (content("config.json", lambda file: b'{"model_type": "gpt2"}'), ValueError, "n_positions"),
     "another model": (setting(model_type="llama"), ValueError, "llama"),
     "another activation": (setting(activation_function="relu"), ValueError, "activation_function.*relu"),
     "another MLP": (setting(n_inner=64), ValueError, "n_inner.*64"),
-    "heads that do not divide": (setting(n_head=5), ValueError, "n_embd 32.*n_head 5"),
+    "heads that do not divide": (setting(n_head=5), ValueError, "n_head': 5"),
     "no heads": (setting(n_head=0), ValueError, "n_head"),
-    "size not a number": (setting(n_embd="32"), ValueError, "n_embd.*'32'"),
+    "size not a number": (setting(n_embd="32"), ValueError, "n_embd': '32'"),
     "one layer too many": (setting(n_layer=3), ValueError, r"h\.2\."),
     "one layer too few": (setting(n_layer=1), ValueError, r"h\.1\."),
-    "far too many layers": (setting(n_layer=1000), ValueError, "n_layer = 1000"),
+    "far too many layers": (setting(n_layer=99999), ValueError, "n_layer': 99999"),
     "another vocabulary": (setting(vocab_size=96), ValueError, r"wte\.weight.*97.*96"),
     "missing tensor": (tensor("transformer.h.0.ln_1.bias", None), ValueError, r"h\.0\.ln_1\.bias"),
     "misshapen tensor": (tensor("transformer.h.0.ln_1.bias", torch.zeros(33)), ValueError, r"ln_1\.bias.*33.*32"),
-    "integer tensor": (tensor("transformer.ln_f.bias", torch.zeros(32, dtype=int)), ValueError, r"ln_f\.bias.*I64"),
+    "integer tensor": (tensor("transformer.ln_f.bias", torch.zeros(32, dtype=int)), ValueError, r"ln_f\.bias.*int64"),
     "unknown tensor": (tensor("transformer.h.0.attn.lora_A", torch.zeros(1)), ValueError, r"h\.0\.attn\.lora_A"),
     "untied head": (tensor("lm_head.weight", torch.zeros(97, 32)), ValueError, r"lm_head\.weight.*wte"),
     "cut-off weights": (content("model.safetensors", lambda file: file[:-1]), ValueError, "model.safetensors.*cut off"),
@@ -204,10 +204,6 @@ def http(body):
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
-def forget_hash():
-    gpt.PRETRAINED["gpt2"] = (*gpt.PRETRAINED["gpt2"][:2], None)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for huggingface.co that has a small gpt2; all caches are empty."""
@@ -228,8 +224,9 @@ def hub(tmp_path, monkeypatch):
     server.file = (tmp_path / "made" / "model.safetensors").read_bytes()
     server.answer = http(server.file)
     server.place = tmp_path / "torch" / "hub" / "lora-gpt2" / "gpt2" / "model.safetensors"
-    sha256 = hashlib.sha256(server.file).hexdigest()
-    monkeypatch.setitem(gpt.PRETRAINED, "gpt2", (gpt.read_config(tmp_path / "made"), "rev", sha256))
+    monkeypatch.setitem(gpt.PRETRAINED, "gpt2", gpt.read_config(tmp_path / "made"))
+    monkeypatch.setitem(gpt.REVISIONS, "gpt2", "rev")
+    monkeypatch.setitem(gpt.SHA256, "gpt2", hashlib.sha256(server.file).hexdigest())
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
@@ -242,7 +239,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("hash_is_known", [True, False])
 def test_a_download_is_kept(hub, tmp_path, hash_is_known):
     if not hash_is_known:
-        forget_hash()
+        del gpt.SHA256["gpt2"]
     first = GPT.from_pretrained("gpt2")
     assert_same_logits(first, hub.model)
     assert list(hub.place.parent.iterdir()) == [hub.place]
@@ -266,7 +263,7 @@ BAD_DOWNLOADS = {
 @pytest.mark.parametrize("answer, hash_is_known", BAD_DOWNLOADS.values(), ids=BAD_DOWNLOADS)
 def test_a_bad_download_is_refused_in_one_line_and_leaves_nothing(hub, answer, hash_is_known):
     if not hash_is_known:
-        forget_hash()
+        del gpt.SHA256["gpt2"]
     if answer is None:
         hub.close()
     else:
@@ -398,7 +395,7 @@ def test_more_than_the_context_holds_is_refused(tmp_path):
     make_gpt2(tmp_path, n_positions=64)
     model = GPT.from_pretrained(tmp_path)
     assert len(list(model.generate(random_tokens(1, 60), 4))) == 4
-    with pytest.raises(ValueError, match="60 tokens of prompt and 5 new ones .* 64"):
+    with pytest.raises(ValueError, match="65 tokens .* 64"):
         next(model.generate(random_tokens(1, 60), 5))
     with pytest.raises(ValueError, match="65 tokens .* 64"):
         model(random_tokens(1, 65))

@@ -1,6 +1,7 @@
 """lora.py against loralib, PEFT, plain formulas, and the paper's numbers."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_weights_are_shared_and_adapters_are_float32(base, dtype):
 
 # Sections 4.2 and 5 of the paper: the numbers that r = 4 on query and value trains, and those of the whole model.
 GPT3 = GPTConfig(block_size=2048, n_layer=96, n_head=96, n_embd=12288)
-COUNTS = [(gpt.PRETRAINED["gpt2-medium"][0], 393_216, 354.8e6), (GPT3, 18_874_368, 174.6e9)]
+COUNTS = [(gpt.PRETRAINED["gpt2-medium"], 393_216, 354.8e6), (GPT3, 18_874_368, 174.6e9)]
 
 
 @pytest.mark.parametrize("config, trained, total", COUNTS, ids=["GPT-2 medium", "GPT-3"])
@@ -393,9 +394,9 @@ DAMAGES = {key: (setting(**{key: value}), ValueError, key) for key, value in NOT
     "rank above the width": (by_peft("c_fc", r=33), ValueError, "r = 33"),
     "a wider base": (for_another_base(n_embd=64), ValueError, r"\(64, 64\).*\(32, 32\)"),
     "a deeper base": (for_another_base(n_layer=3), ValueError, r"h\.2\."),
-    "no folder": (shutil.rmtree, FileNotFoundError, CONFIG),
-    "no config": (lambda dir: (dir / CONFIG).unlink(), FileNotFoundError, CONFIG),
-    "no weights": (lambda dir: (dir / WEIGHTS).unlink(), FileNotFoundError, WEIGHTS),
+    "no folder": (shutil.rmtree, ValueError, CONFIG),
+    "no config": (lambda dir: (dir / CONFIG).unlink(), ValueError, CONFIG),
+    "no weights": (lambda dir: (dir / WEIGHTS).unlink(), ValueError, WEIGHTS),
     "cut-off weights": (content(WEIGHTS, lambda file: file[:-1]), ValueError, "cannot use"),
     "no tensors": (tensors(lambda weights: {}), ValueError, "cannot use"),
     "config not JSON": (content(CONFIG, lambda file: file[:-9]), ValueError, "cannot use"),
@@ -404,6 +405,10 @@ DAMAGES = {key: (setting(**{key: value}), ValueError, key) for key, value in NOT
     "alpha a string": (setting(lora_alpha="16"), ValueError, "cannot use"),
     "A without B": (tensors(lambda weights: {A: weights[A]}), ValueError, A),
     "B without A": (tensors(lambda weights: {B: weights[B]}), ValueError, A),
+    "rank 0": (tensors(lambda weights: weights | {A: weights[A][:0], B: weights[B][:, :0] + 0}), ValueError, A),
+    "not a number": (tensors(lambda weights: weights | {A: weights[A] * math.nan}), ValueError, "not finite"),
+    "infinite": (tensors(lambda weights: weights | {B: weights[B] / 0}), ValueError, "not finite"),
+    "alpha infinite": (setting(lora_alpha=math.inf), ValueError, "not finite"),
     "A and B of two ranks": (tensors(lambda weights: weights | {A: weights[A][1:].clone()}), ValueError, A),
 }
 

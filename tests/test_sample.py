@@ -15,9 +15,9 @@ import torch
 from conftest import make_gpt2
 
 import sample
-import train
 from gpt import GPT, GPTConfig, make_tokenizer
 from lora import add_lora, lora_layers, save_lora
+from notebooks import toy
 
 
 def make_model(dir, **sizes):
@@ -122,7 +122,7 @@ def folder(tmp_path_factory):
     """A folder with a model, an adapter that does nothing, and a test set."""
     top = tmp_path_factory.mktemp("files")
     make_model(top / "model", vocab_size=384, n_positions=96)  # a vocabulary padded by 4
-    (top / "model" / "vocab.tiktoken").write_text(train.toy_vocabulary())
+    (top / "model" / "vocab.tiktoken").write_text(toy.toy_vocabulary())
     model = GPT.from_pretrained(top / "model")
     add_lora(model)
     save_lora(model, top / "adapter")
@@ -150,7 +150,7 @@ def test_the_command_writes_outputs_and_references_and_prints_bleu(folder, tmp_p
     assert "\r3/3 prompts  0:00 left" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"predictions.txt", "predictions.references.txt"}
 
-    model, tokenizer = GPT.from_pretrained(folder / "model"), make_tokenizer(train.toy_vocabulary())
+    model, tokenizer = GPT.from_pretrained(folder / "model"), make_tokenizer(toy.toy_vocabulary())
     for prompt, output in zip(PROMPTS, outputs, strict=False):
         ids, end = tokenizer.encode_ordinary(prompt) + [379], {379, 380, 381, 382, 383}
         expected = sample.beam_search(model, torch.tensor([ids]), 10, 12, 0.8, 4, end)  # the paper's settings
@@ -186,17 +186,19 @@ def test_an_interrupted_command_leaves_nothing(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_an_output_ends_at_the_end_of_text_or_a_blank_line(own, request, monkeypatch):
-    tokenizer = make_tokenizer(train.toy_vocabulary()) if own else request.getfixturevalue("vocabulary")
+    tokenizer = make_tokenizer(toy.toy_vocabulary()) if own else request.getfixturevalue("vocabulary")
     model = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.n_vocab + 2, n_layer=1, n_head=1, n_embd=2))
     seen = []
 
-    def search(model, idx, ends):
+    def search(model, idx, beam, n, length_penalty, no_repeat_ngram, ends):
         seen.append((idx.tolist(), ends))
         return [tokenizer.encode_ordinary(" Two\u2028 words \nmore\n\n \nnot this")]
 
     monkeypatch.setattr(sample, "beam_search", search)
-    assert sample.decode(model, tokenizer, {"a": [1, 2]}) == ["Two words more"]
-    assert seen == [([[1, 2]], {379, 380, 381} if own else {50256, 50257, 50258, 628})]  # 628 is "\n\n"
+    args = sample.make_parser().parse_args([])
+    assert sample.search_outputs(model, tokenizer, ["a"], 5, args) == ["Two words more"]
+    ids = [*tokenizer.encode("a"), tokenizer.eot_token]
+    assert seen == [([ids], {379, 380, 381} if own else {50256, 50257, 50258, 628})]  # 628 is "\n\n"
 
 
 # The official scorer's own number for these: 100 * BLEUScore().score() of pymteval.py, as `measure_scores.py -p` says.
@@ -306,7 +308,7 @@ A0, B1 = "transformer.h.0.attn.c_attn.lora_A", "transformer.h.1.attn.c_attn.lora
         (lambda state: state.update({A0: state[A0][:0]}), "layer 0"),
         (lambda state: state.update({A0: state[A0][0, 0]}), "layer 0"),
         (lambda state: state.update({B1: state[B1][:, :2]}), "layer 1"),
-        (lambda state: state.update({B1: state[B1][:32]}), "layer 1"),
+        (lambda state: state.update({B1: state[B1][:32]}), "h.1.attn.c_q"),
         (lambda state: state.update({B1.replace("h.1", "h.2"): state[B1]}), "h.2.attn.c_attn.lora_B"),
         (lambda state: state.update({"transformer.h.0.mlp.c_fc.lora_A": state[A0]}), "h.0.mlp.c_fc.lora_A"),
         (lambda state: state.update({A0: "a text"}), "AttributeError"),
@@ -354,7 +356,7 @@ MISTAKES = [
     ("--data {0}/data.txt --out p.txt", "data.txt", "e2e:FILE"),
     ("--data toy:pirate --out p.txt", "toy:pirate", "e2e:FILE"),
     ("--data {0}/empty.jsonl --out p.txt", "empty.jsonl", "'a'"),
-    ("--data e2e:{0}/data.txt --out p.txt --max-new-tokens 90", "90", "96", "--max-new-tokens"),
+    ("--data e2e:{0}/data.txt --out p.txt --max-new-tokens 90", "96", "do not fit"),
     ("--data e2e:{0}/data.txt --out p.txt --beam 0", "--beam"),
     ("--data e2e:{0}/data.txt --out p.txt --length-penalty -1", "--length-penalty"),
     ("--data e2e:{0}/data.txt --out p.txt --length-penalty 1000", "--length-penalty"),
