@@ -153,7 +153,9 @@ class GPT(nn.Module):
         """Logits (B, V) of the token that follows idx (B, T), as in `hidden`. They are float32 whatever the model is:
         near -100, where GPT-2's are, bfloat16 has steps of a half."""
         x = self.hidden(idx, cache, pos)[:, -1].float()
-        logits = (self.wte.weight.float() @ x.T).T  # for few rows the faster way round on a CPU
+        # For few rows this way round is the faster one on a CPU; a single one would be left to a single core.
+        rows = x.repeat(2, 1) if len(x) == 1 else x
+        logits = (self.wte.weight.float() @ rows.T).T[: len(x)]  # (B, V)
         if not logits.isfinite().all():
             raise ValueError("the logits are not finite numbers: the model or its adapter is damaged")
         return logits

@@ -15,7 +15,8 @@ import signal
 from itertools import zip_longest
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -22,7 +22,8 @@ from functools import lru_cache, partial
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads soon leave their core to other runs
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads soon leave their core to other runs
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
@@ -69,7 +70,7 @@ def make_parser():
     add("--compile", action="store_true", help="slower to start, faster steps")
     add("--out", type=Path, help="folder for all that a run writes (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.set_defaults(settings={}, **DEFAULTS["toy"])
+    parser.set_defaults(must_match={}, **DEFAULTS["toy"])
     return parser
 
 
@@ -248,7 +249,7 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
             if report:
                 report(row)
         if args.out and (look or stopped):
-            state = dict(step=done, log=log, losses=losses, params=params, settings=args.settings)
+            state = dict(step=done, log=log, losses=losses, params=params, must_match=args.must_match)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             lines = log[:1] + [row.values() for row in log]  # the names of the columns, which are a row's keys
             text = "".join(",".join(map(str, line)) + "\n" for line in lines)
@@ -262,7 +263,7 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
 @torch.no_grad()
 def evaluate(model, examples, batch_size):
     """The mean loss over the targets of at most 256 of the examples, spread evenly."""
-    examples, total, n = examples[:: -(-len(examples) // 256)], 0.0, 0
+    examples, total, n = examples[:: math.ceil(len(examples) / 256)], 0.0, 0
     model.eval()
     for i in range(0, len(examples), batch_size):
         idx, targets = collate(examples[i : i + batch_size], model.wte.weight.device)
@@ -285,8 +286,8 @@ def load_state(args, model, params, optimizer, scaler):
     file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        then = state["settings"]
-        other = [f"{key} = {then[key]}" for key, value in args.settings.items() if then[key] != value]
+        then = state["must_match"]
+        other = [f"{key} = {then[key]}" for key, value in args.must_match.items() if then[key] != value]
         if not other:
             model.load_state_dict({name: state["params"][name] for name in params}, strict=False)
             optimizer.load_state_dict(state["optimizer"])
@@ -385,9 +386,10 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
 # ---- The command ----
 
-LESS = "lower --batch-size, or take a smaller --model"
-ADVICE = dict.fromkeys(["out of memory", "allocate memory", "not enough memory"], LESS)  # by torch's own words
-ADVICE |= dict.fromkeys(["compiler", "triton", "torch.compile"], "leave --compile out")
+ADVICE = {  # by words of torch's own message
+    ("out of memory", "allocate memory", "not enough memory"): "lower --batch-size, or take a smaller --model",
+    ("compiler", "torch.compile", "triton"): "leave --compile out",
+}
 
 
 def command(parser, run, args):
@@ -403,8 +405,8 @@ def command(parser, run, args):
         parser.error(" ".join(str(e).split()))
     except RuntimeError as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())
-        for word, advice in ADVICE.items():
-            if word in message.lower():
+        for words, advice in ADVICE.items():
+            if any(word in message.lower() for word in words):
                 parser.error(f"{message[:200]}: {advice}")
         raise
 
@@ -459,10 +461,10 @@ def run(args):
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
     # A run that goes on must have these in common with the one that was interrupted.
-    elsewhere = ("out", "resume", "device", "compile", "settings")
-    args.settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    args.settings["hash of the data"] = fingerprint(data)
-    args.settings["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    elsewhere = ("out", "resume", "device", "compile", "must_match")
+    args.must_match = {key: value for key, value in vars(args).items() if key not in elsewhere}
+    args.must_match["hash of the data"] = fingerprint(data)
+    args.must_match["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     voice = args.data.removeprefix("toy:")
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]] if voice in toy.VOICES else []
     before = complete(model, tokenizer, prompts, seed=3)  # other draws than afterwards
@@ -473,7 +475,7 @@ def run(args):
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them")
-    print(", ".join(f"{key} {value}" for key, value in args.settings.items()), end="\n\n")
+    print(", ".join(f"{key} {value}" for key, value in args.must_match.items()), end="\n\n")
     for block in model.h if args.compile else ():
         block.compile()
 

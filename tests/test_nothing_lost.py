@@ -196,7 +196,7 @@ def test_text_that_utf8_cannot_hold_is_found_when_reading(folder, capsys):
 def test_a_run_goes_on_only_from_what_it_was(folder, capsys, change):
     line = f"{TRAIN} --steps 8 --out out"
     interrupt(line)
-    assert torch.load("out/state.pt", weights_only=True)["settings"]["dtype"] == "float32"
+    assert torch.load("out/state.pt", weights_only=True)["must_match"]["dtype"] == "float32"
     if change == "hash of the data":
         (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text().replace("kids ok", "kids no", 1))
     elif change == "hash of the base":
@@ -339,7 +339,7 @@ def test_ctrl_c_while_torch_is_imported_prints_no_traceback(folder, command, dur
     assert "Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
 
 
-FOREIGN = [[1, 2], {"settings": {}}, {"step": 3}, b"", b"PK\x03\x04"]
+FOREIGN = [[1, 2], {"must_match": {}}, {"step": 3}, b"", b"PK\x03\x04"]
 
 
 @pytest.mark.parametrize("state", FOREIGN, ids=["list", "no settings", "no anything", "empty", "cut off"])

@@ -66,5 +66,5 @@ def test_two_runs_at_once_each_keep_their_share():
     if "libgomp" not in Path("/proc/self/maps").read_text():
         pytest.skip("another OpenMP than GNU's")
     rounds = two_runs(seconds=1)
-    # A fair share is 0.5; without the setting it is 0.02. In one round of three other programs may have been quiet.
-    assert max(together / alone for alone, together in rounds) >= 0.15, rounds
+    # A fair share is 0.5, and 0.35 was measured; without the setting 0.02 to 0.16. Other programs may disturb a round.
+    assert max(together / alone for alone, together in rounds) >= 0.2, rounds
