@@ -340,10 +340,11 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
     try:
         open(file, "rb").close()  # says why, if it cannot be read
         with safe_open(file, "pt") as f:
-            names = [*f.keys()]
+            names = sorted(f.keys(), reverse=True)  # wte, the largest, first: it is mapped while little else is there
             tied = [f.get_tensor(name) for name in names if name.endswith(("wte.weight", "lm_head.weight"))]
             if not all(torch.equal(tied[0], w) for w in tied[1:]):
                 raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
+        del tied  # they are mapped, too
         for stored in names:
             name = stored.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
