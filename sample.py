@@ -200,7 +200,14 @@ def run(args):
     if args.merge:
         merge_lora(model)
     if args.data:
-        outputs = search_outputs(model, tokenizer, references, n, args)
+        blank_line = tokenizer.encode_ordinary("\n\n")  # the paper's outputs end at one, too
+        ends = {*range(tokenizer.eot_token, config.vocab_size), *(blank_line if len(blank_line) == 1 else [])}
+
+        def search(idx):
+            return beam_search(model, idx, args.beam, n, args.length_penalty, args.no_repeat_ngram, ends)
+
+        texts = train.complete(model, tokenizer, references, search=search, batch_size=args.batch_size)
+        outputs = [" ".join(text.split("\n\n")[0].split()) for text in texts]
         blocks = ["\n".join(block) + "\n" for block in references.values()]  # as the E2E scorer reads them
         write_whole({args.out: "\n".join(outputs) + "\n", beside: "\n".join(blocks)})
         print(f"\n{len(outputs)} outputs in {args.out}, their references in {beside}")
@@ -217,18 +224,6 @@ def run(args):
             break
         print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
     print()
-
-
-def search_outputs(model, tokenizer, prompts, n, args):
-    """What beam search finds for each prompt, in at most n tokens: a list of texts, one line each."""
-    blank_line = tokenizer.encode_ordinary("\n\n")  # the paper's outputs end at one, too
-    ends = {*range(tokenizer.eot_token, model.config.vocab_size), *(blank_line if len(blank_line) == 1 else [])}
-
-    def search(idx):
-        return beam_search(model, idx, args.beam, n, args.length_penalty, args.no_repeat_ngram, ends)
-
-    texts = train.complete(model, tokenizer, prompts, search=search, batch_size=args.batch_size)
-    return [" ".join(text.split("\n\n")[0].split()) for text in texts]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from conftest import make_gpt2
 
 import sample
+import train
 from gpt import GPT, GPTConfig, make_tokenizer
 from lora import add_lora, lora_layers, save_lora
 from notebooks import toy
@@ -185,7 +186,7 @@ def test_an_interrupted_command_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_an_output_ends_at_the_end_of_text_or_a_blank_line(own, request, monkeypatch):
+def test_an_output_ends_at_the_end_of_text_or_a_blank_line(own, request, monkeypatch, tmp_path):
     tokenizer = make_tokenizer(toy.toy_vocabulary()) if own else request.getfixturevalue("vocabulary")
     model = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.n_vocab + 2, n_layer=1, n_head=1, n_embd=2))
     seen = []
@@ -195,8 +196,12 @@ def test_an_output_ends_at_the_end_of_text_or_a_blank_line(own, request, monkeyp
         return [tokenizer.encode_ordinary(" Two\u2028 words \nmore\n\n \nnot this")]
 
     monkeypatch.setattr(sample, "beam_search", search)
-    args = sample.make_parser().parse_args([])
-    assert sample.search_outputs(model, tokenizer, ["a"], 5, args) == ["Two words more"]
+    monkeypatch.setattr(train, "describe_base", lambda name: (model.config, tokenizer))
+    monkeypatch.setattr(train, "load_base", lambda *args: model)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    flags = f"--data {tmp_path}/data.jsonl --out {tmp_path}/p.txt --max-new-tokens 5"
+    sample.run(sample.make_parser().parse_args(flags.split()))
+    assert (tmp_path / "p.txt").read_text() == "Two words more\n"
     ids = [*tokenizer.encode("a"), tokenizer.eot_token]
     assert seen == [([ids], {379, 380, 381} if own else {50256, 50257, 50258, 628})]  # 628 is "\n\n"
 
