@@ -58,9 +58,10 @@ class Attention(nn.Module):
         # (B, T, C) -> (B, n_head, T, C / n_head)
         q, k, v = (c(x).view(B, T, self.n_head, -1).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
         if cache is not None:  # keep these keys and values, attend to all that are kept
-            cache[0, :, :, pos : pos + T] = k
-            cache[1, :, :, pos : pos + T] = v
-            k, v = cache[:, :, :, : pos + T]
+            keys, values = cache  # each (B, n_head, block_size, C / n_head)
+            keys[:, :, pos : pos + T] = k
+            values[:, :, pos : pos + T] = v
+            k, v = keys[:, :, : pos + T], values[:, :, : pos + T]
         dropout = self.dropout if self.training else 0.0
         # A single new token comes after everything that is kept: it needs no mask. (Without a cache, causal is a
         # constant: one that depends on T would break a compiled block's graph wherever T varies.)
@@ -104,7 +105,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(torch.empty(T, C), freeze=False)  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        if self.wte.weight.is_meta:  # shapes without values
+        if self.wte.weight.is_meta:  # shapes without values; to draw none would take torch two seconds
             return
         for name, p in self.named_parameters():  # initialised as GPT-2 was
             if p.ndim == 2:  # c_proj adds to the residual stream, 2 n_layer times: scaled down to keep its size
@@ -119,7 +120,7 @@ class GPT(nn.Module):
         to the ones stored before. Then either pos is 0 (a whole prompt) or T is 1 (the next token).
         Raises ValueError if pos + T exceeds block_size.
         """
-        B, T = idx.shape
+        T = idx.shape[1]
         self.config.check_length(pos + T)
         x = self.wte(idx) + self.wpe.weight[pos : pos + T]
         x = F.dropout(x, self.config.dropout, self.training)
@@ -169,9 +170,10 @@ class GPT(nn.Module):
         Raises ValueError, at the first step, if T + max_new_tokens exceeds block_size.
         """
         B, T = idx.shape
-        cache = self.new_cache(B, T + max_new_tokens)
-        for pos in range(T, T + max_new_tokens):
-            logits = self.next_logits(idx, cache, pos - idx.shape[1])  # (B, V)
+        cache, pos = self.new_cache(B, T + max_new_tokens), 0
+        for _ in range(max_new_tokens):
+            logits = self.next_logits(idx, cache, pos)  # (B, V)
+            pos += idx.shape[1]  # T, the whole prompt; from then on 1
             if temperature == 0:
                 idx = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
@@ -209,10 +211,10 @@ class GPT(nn.Module):
         settings = {stored: getattr(config, ours) for ours, stored in SIZES.items()} | GPT2_SETTINGS
         settings |= dict(bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
         settings["architectures"] = ["GPT2LMHeadModel"]
-        parts = {}
-        for name, w in weights.items():
-            parts.setdefault(re.sub(r"\.c_[qkv]\.", ".c_attn.", f"transformer.{name}"), []).append(w)
-        tensors = {name: as_stored(name, torch.cat(ws)).contiguous() for name, ws in parts.items()}
+        tensors = {}
+        for stored, names in stored_names(weights).items():
+            w = torch.cat([weights[name] for name in names])
+            tensors[f"transformer.{stored}"] = as_stored(stored, w).contiguous()
         files = {dir / "config.json": json.dumps(settings, indent=2)}
         files[dir / "model.safetensors"] = lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})
         if vocabulary is not None:
@@ -238,27 +240,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, label_smoothing):
         # x (N, C), weight (V, C), targets (N,)
         N, V = len(x), len(weight)
+        on_target, elsewhere = 1 - label_smoothing, label_smoothing / V
         dx = torch.empty_like(x)
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), device=x.device)
         parts = max(1, round(N * V / 2**24))  # of equal size; the logits of each take about 64 MiB in float32
-        for x_, dx_, target in zip(*(t.tensor_split(parts) for t in (x, dx, targets[:, None])), strict=True):
-            logits = F.linear(x_, weight).float()  # the large one: from here on it is changed in place
+        for i in range(parts):
+            rows = slice(i * N // parts, (i + 1) * N // parts)
+            target = targets[rows, None]
+            logits = F.linear(x[rows], weight).float()  # the large one: from here on it is changed in place
             logits -= logits.amax(-1, keepdim=True)  # leaves the softmax as it is, and exp cannot overflow
-            loss -= (1 - label_smoothing) * logits.gather(1, target).sum()
+            loss -= on_target * logits.gather(1, target).sum()
             if label_smoothing:
-                loss -= label_smoothing * logits.mean(-1).sum()
-            total = logits.exp_().sum(-1, keepdim=True)
+                loss -= elsewhere * logits.sum()
+            exp = logits.exp_()
+            total = exp.sum(-1, keepdim=True)
             loss += total.log().sum()  # log softmax = logits - log total
             if any(ctx.needs_input_grad):
-                dlogits = logits.div_(total).sub_(label_smoothing / V)
-                dlogits.scatter_add_(1, target, torch.full_like(total, label_smoothing - 1))
-                dlogits = dlogits.to(x.dtype)
-                dx_[:] = dlogits @ weight
+                dlogits = exp.div_(total).sub_(elsewhere)
+                dlogits = dlogits.scatter_add_(1, target, torch.full_like(total, -on_target)).to(x.dtype)
+                dx[rows] = dlogits @ weight
                 if dweight is not None:
-                    dweight += dlogits.T @ x_
+                    dweight += dlogits.T @ x[rows]
                 del dlogits
-            del logits  # these go before the next ones come
+            del logits, exp  # these go before the next ones come
         ctx.N = N
         ctx.save_for_backward(dx, dweight)
         return loss / N
@@ -266,7 +271,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
-        return *(None if d is None else d * (dloss / ctx.N) for d in (dx, dweight)), None, None
+        scale = dloss / ctx.N
+        return dx * scale, None if dweight is None else dweight * scale, None, None
 
 
 def send(t, device):
@@ -299,7 +305,16 @@ SIZES = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer
 GPT2_SETTINGS = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
 GPT2_SETTINGS |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 GPT2_SETTINGS |= dict(add_cross_attention=False, tie_word_embeddings=True)
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
 PATIENCE = 30  # seconds in which a server has to say something
+
+
+def stored_names(ours):
+    """{name in a file: our names}: three of ours, in this order, are one c_attn there."""
+    names = {}
+    for name in ours:
+        names.setdefault(re.sub(r"\.c_[qkv]\.", ".c_attn.", name), []).append(name)
+    return names
 
 
 def as_stored(name, w):
@@ -318,8 +333,10 @@ def read_config(name_or_dir):
     try:
         saved = json.loads(file.read_bytes())
         sizes = {ours: saved[stored] for ours, stored in SIZES.items()}
+        if saved.get("n_inner") == 4 * sizes["n_embd"]:  # as it is by default
+            saved["n_inner"] = None
         for key, value in GPT2_SETTINGS.items():
-            if saved.get(key, value) != value and (key, saved[key]) != ("n_inner", 4 * saved["n_embd"]):
+            if saved.get(key, value) != value:
                 raise ValueError(f"{key} is {saved[key]!r}, and GPT-2's is {value!r}")
         sane = all(type(n) is int and 0 < n < 2**20 for n in sizes.values()) and sizes["n_layer"] < 2**10
         if not sane or sizes["n_embd"] % sizes["n_head"]:
@@ -336,34 +353,29 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
     """
     with torch.device("meta"):
         expected = GPT(config).state_dict()
-    weights = {}
+    layout, weights = stored_names(expected), {}
     try:
         open(file, "rb").close()  # says why, if it cannot be read
         with safe_open(file, "pt") as f:
-            names = sorted(f.keys(), reverse=True)  # wte, the largest, first: it is mapped while little else is there
-            tied = [f.get_tensor(name) for name in names if name.endswith(("wte.weight", "lm_head.weight"))]
-            if not all(torch.equal(tied[0], w) for w in tied[1:]):
+            keys = {key.removeprefix("transformer."): key for key in f.keys() if not key.endswith(MASKS)}
+            head = keys.pop("lm_head.weight", None)
+            if other := keys.keys() ^ layout.keys():
+                raise ValueError(f"{file} is not the GPT-2 that its config.json describes: look for {min(other)}")
+            if head and not torch.equal(f.get_tensor(head), f.get_tensor(keys["wte.weight"])):
                 raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
-        del tied  # they are mapped, too
-        for stored in names:
-            name = stored.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                continue  # the causal mask, in older files, and wte once more
-            parts = ["c_q", "c_k", "c_v"] if ".c_attn." in name else ["c_attn"]
+        for stored, names in layout.items():  # wte, the largest, first: it is mapped while little else is there
             with safe_open(file, "pt") as f:  # anew for each: what was mapped for the last one is let go
-                ws = torch.atleast_1d(as_stored(name, f.get_tensor(stored))).chunk(len(parts))
-                for part, w in zip(parts, ws, strict=False):
-                    ours = name.replace("c_attn", part)
-                    wanted = [*expected[ours].shape] if ours in expected else "not GPT-2's"
-                    if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
-                        raise ValueError(f"{file}: {ours} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
-                    weights[ours] = torch.empty(wanted, dtype=dtype, device=device).copy_(w)
+                w = as_stored(stored, f.get_tensor(keys[stored]))
+            rows, *rest = expected[names[0]].shape
+            wanted = [len(names) * rows, *rest]
+            if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
+                raise ValueError(f"{file}: {stored} is {[*w.shape]} in {w.dtype}; wanted: {wanted} in floats")
+            for name, part in zip(names, w.chunk(len(names)), strict=True):
+                weights[name] = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {file}: put model.safetensors there") from None
     except SafetensorError as e:
         raise ValueError(f"{file} is damaged or cut off ({e}): copy or download it again") from None
-    if missing := expected.keys() - weights.keys():
-        raise ValueError(f"{file} has no {min(missing)}: it is not the GPT-2 that its config.json describes")
     return weights
 
 
@@ -386,19 +398,20 @@ def download(url, file, sha256=None, check=lambda tmp: None):
     Raises OSError that says what to do by hand, and leaves nothing behind.
     """
 
-    def fetch(tmp):
-        torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
-        check(tmp)
-
+    tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     socket.setdefaulttimeout(PATIENCE)
     try:
         if not file.exists():
-            write_whole({file: fetch})
-    except (OSError, ValueError, http.client.HTTPException) as e:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
+            check(tmp)
+            tmp.replace(file)
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another hash
         if not file.exists():  # nor has another process brought it in the meantime
-            why = " ".join(str(e.__cause__ or e).split())
+            why = " ".join(str(e).split())
             raise OSError(f"cannot download {url} ({why}): try again, or put the file at {file} by hand") from None
     finally:
+        tmp.unlink(missing_ok=True)
         socket.setdefaulttimeout(None)
     return file
 

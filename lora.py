@@ -32,8 +32,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank r = {r} does not fit a layer of {n_out} x {n_in}: use 1 to {min(n_in, n_out)}")
         self.linear = linear.requires_grad_(False)  # W0
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
-        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). A is as wide as in the authors'
-        # code: the paper does not say.
+        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). A's standard deviation is that of
+        # the authors' code: the paper does not say.
         self.lora_A = nn.Parameter(torch.randn(r, n_in, device=linear.weight.device) / (3 * n_in) ** 0.5)
         self.lora_B = nn.Parameter(torch.zeros(n_out, r, device=linear.weight.device))
         self.train(linear.training)
@@ -118,23 +118,23 @@ def save_lora(model, dir):
     """Write the adapter into the folder dir, for `load_lora` and `peft.PeftModel.from_pretrained`."""
     if not (layers := lora_layers(model)):
         raise ValueError("nothing to save: the model has no LoRA layers, or they are merged")
-    fused, tensors, r, alpha = {}, {}, {}, {}
+    groups, tensors, ranks, alphas = {}, {}, {}, {}
     for name, layer in layers.items():
         block, _, part = name.rpartition(".")
-        fused.setdefault(f"transformer.{block}.c_attn" if part in QKV else f"transformer.{name}", {})[part] = layer
-    for name, parts in fused.items():
-        A = torch.cat([layer.lora_A for layer in parts.values()])
-        blank = A.new_zeros(A.shape[1], 0)  # rows of zeros, for a part that is not adapted
-        B = [parts[part].lora_B if part in parts else blank for part in (QKV if "c_attn" in name else parts)]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.block_diag(*B).detach()
-        first = next(iter(parts.values()))  # all have its alpha / r
-        r[name], alpha[name] = len(A), len(A) * first.alpha / first.r
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", target_modules=list(fused), lora_dropout=first.dropout)
+        groups.setdefault(f"{block}.c_attn" if part in QKV else name, {})[part] = layer
+    for name, parts in groups.items():
+        A = torch.cat([layer.lora_A for layer in parts.values()])  # in the order of the modules: c_q, c_k, c_v
+        empty = A.new_zeros(A.shape[1], 0)  # a part that is not adapted has rows of zeros, and no columns
+        B = [parts[part].lora_B if part in parts else empty for part in (QKV if "c_attn" in name else parts)]
+        tensors[f"base_model.model.transformer.{name}.lora_A.weight"] = A.detach()
+        tensors[f"base_model.model.transformer.{name}.lora_B.weight"] = torch.block_diag(*B).detach()
+        first = next(iter(parts.values()))  # all have its alpha / r, and its dropout
+        ranks[name], alphas[name] = len(A), len(A) * first.alpha / first.r
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", target_modules=list(groups), lora_dropout=first.dropout)
     config["fan_in_fan_out"] = True  # transformers keeps the weights of GPT-2's linear layers transposed
-    config |= dict(r=max(r.values()), lora_alpha=max(alpha.values()))
-    config["rank_pattern"] = {name: n for name, n in r.items() if n != config["r"]}
-    config["alpha_pattern"] = {name: n for name, n in alpha.items() if n != config["lora_alpha"]}
+    config["r"], config["lora_alpha"] = max(ranks.values()), max(alphas.values())
+    config["rank_pattern"] = {name: r for name, r in ranks.items() if r != config["r"]}
+    config["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]}
     files = {Path(dir, "adapter_model.safetensors"): lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})}
     write_whole(files | {Path(dir, "adapter_config.json"): json.dumps(config, indent=2)})
 
@@ -184,15 +184,16 @@ def read_peft(dir):
             raise ValueError(f"its alpha_pattern {patterns} has regular expressions, which are not built here")
         for key in {key.replace("lora_B", "lora_A") for key in tensors} or {"(there is none)"}:
             A, B = tensors.get(key), tensors.get(key.replace("lora_A", "lora_B"))
-            name = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
-            if not name or A is None or B is None or A.ndim != 2 or B.ndim != 2 or not 0 < len(A) == B.shape[1]:
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
+            if not match or A is None or B is None or A.ndim != 2 or B.ndim != 2 or not 0 < len(A) == B.shape[1]:
                 raise ValueError(f"its tensor {key} is not, or does not fit, an A and a B")
-            alpha = [a for end, a in patterns.items() if f".{name[1]}".endswith("." + end)] or [config["lora_alpha"]]
-            block, _, last = name[1].removeprefix("transformer.").rpartition(".")
-            for part, B_part in zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]:
-                # A column of c_attn's B is a part's if zero for the others; all zero, it is anybody's.
+            alpha = next((a for end, a in patterns.items() if f".{match[1]}".endswith(f".{end}")), config["lora_alpha"])
+            block, _, last = match[1].removeprefix("transformer.").rpartition(".")
+            parts = zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]
+            for part, B_part in parts:
+                # A column of B is a part's if it is not zero there. If it is zero everywhere, it may be anybody's.
                 mine = B_part.any(0) | ~B.any(0)
                 if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha[0] * r / len(A), dropout
+                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha * r / len(A), dropout
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None

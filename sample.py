@@ -25,7 +25,6 @@ import torch
 import train
 from gpt import END, PRETRAINED, write_whole
 from lora import load_lora, merge_lora, put
-from train import number
 
 # ---- Beam search, as in the paper's code ----
 
@@ -35,7 +34,7 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
     """The best continuation of each prompt in idx (B, T) that is found: B lists of token ids, without the end token.
 
     Each step keeps the `beam` likeliest continuations of those it has; with beam 1 that is greedy. One that ends, with
-    a token in `ends` or at max_new_tokens, is taken out, and the search goes on to the last step. The best score wins:
+    a token in `ends` or at max_new_tokens, is taken out; the search goes on until no other can win. The score is
 
         log p(output | prompt) / length ** length_penalty            (the end token counts in both)
 
@@ -43,7 +42,7 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
     `transformers` differs: it counts the prompt's n-grams too, and their probability goes to no other token; it fills
     the places of those that end at a step in that step; by default it may stop before the best one is found.
     """
-    (B, T), device = idx.shape, idx.device
+    (B, T), V, device = idx.shape, model.config.vocab_size, idx.device
     cache = model.new_cache(B, T + max_new_tokens)
     logits = model.next_logits(idx, cache, 0)  # (B, V)
     # From now on row b * beam + k is beam k of prompt b. They are still the same: only the first may go on.
@@ -54,9 +53,9 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
     best, best_score = [[]] * B, torch.full((B,), -torch.inf, device=device)
     for length in range(1, max_new_tokens + 1):
         block_repeats(logits, written, no_repeat_ngram)
-        logp = logits.log_softmax(-1).view(B, beam, -1)  # (B, beam, V)
-        scores, chosen = (scores[:, :, None] + logp).flatten(1).topk(beam)  # (B, beam), of beam * V
-        rows, tokens = (first_row + chosen // logp.shape[-1]).flatten(), chosen % logp.shape[-1]
+        candidates = scores[:, :, None] + logits.log_softmax(-1).view(B, beam, V)
+        scores, chosen = candidates.flatten(1).topk(beam)  # (B, beam), of beam * V
+        rows, tokens = (first_row + chosen // V).flatten(), chosen % V
         written = torch.cat([written[rows], tokens.view(-1, 1)], dim=1)  # (B * beam, length)
 
         ended = torch.isin(tokens, torch.tensor([*ends], device=device)) | (length == max_new_tokens)
@@ -65,13 +64,14 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
             best[b] = written[b * beam + k[b]].tolist()
         best_score = best_score.maximum(score)
         scores = scores.masked_fill(ended, -torch.inf)
-        # log p only falls. When no beam could win even if it stayed as it is to the last step, the search is over.
-        if (scores.amax(-1) / max_new_tokens**length_penalty <= best_score).all():
+        # log p only falls: this is what a beam would reach if it stayed as it is to the last step.
+        within_reach = scores.amax(-1) / max_new_tokens**length_penalty
+        if (within_reach <= best_score).all():
             break
         for kv in cache:  # a row's keys and values follow its tokens; a prompt's are the same in all its rows
             kv[:, :, :, T : T + length - 1] = kv[:, rows, :, T : T + length - 1]
         logits = model.next_logits(tokens.view(-1, 1), cache, T + length - 1)  # (B * beam, V)
-    return [[token for token in tokens if token not in ends] for tokens in best]
+    return [[token for token in output if token not in ends] for output in best]
 
 
 def block_repeats(logits, written, n):
@@ -102,7 +102,7 @@ def bleu(outputs, references):
     """Corpus BLEU, from 0 to 100, of the outputs and a list of references for each. Raises ImportError.
 
     The options are those of the E2E challenge's scorer (pymteval.py in tuetschek/e2e-metrics): mteval-v13a's tokens, in
-    lower case; the reference of the closest length; no smoothing. Only outputs of less than 4 tokens count otherwise.
+    lower case; the reference of the closest length; no smoothing. (Outputs of less than 4 tokens it counts otherwise.)
     """
     import sacrebleu  # not among the requirements
 
@@ -146,32 +146,34 @@ def load_microsoft(model, file):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser("sample.py", argparse.SUPPRESS, "Let GPT-2, with or without an adapter, write.")
-    add, count = parser.add_argument, number(int, 1)
+    parser = argparse.ArgumentParser("sample.py", usage=argparse.SUPPRESS, description="Let GPT-2 write.")
+    number, add = train.number, parser.add_argument
+    positive = number(int, 1)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter, or a FILE.pt that Microsoft published (its alpha is taken to be 32)")
     add("--merge", action="store_true", help="merge the adapter into the base first: the same text, no extra work")
-    add("--max-new-tokens", type=count, help="tokens at most (200, or as many as fit; with --data 64)")
+    add("--max-new-tokens", type=positive, help="tokens at most (200, or as many as fit; with --data 64)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=train.DTYPES, default="float32", help="of the weights (float32)")
     add = parser.add_argument_group("on from a prompt").add_argument
     add("--prompt", help=f"what to write on from; without one, the start of a text, {END}")
     add("--temperature", type=number(float, 0, 100), default=0.7, help="0: the likeliest; 1: draw as trained (0.7)")
-    add("--top-k", type=count, help="draw among the k likeliest tokens only")
+    add("--top-k", type=positive, help="draw among the k likeliest tokens only")
     add("--seed", type=number(int, 0), default=0, help="of the draws (0)")
     add = parser.add_argument_group("one output for each input of a test set, by beam search").add_argument
     add("--data", help="e2e, e2e:FILE, or a FILE.jsonl with prompts and completions, which are the references")
     add("--out", type=Path, help="file for the outputs, one a line; the references go into another beside it")
-    add("--beam", type=count, default=10, help="continuations to keep at each step; 1 is greedy (10)")
+    add("--beam", type=positive, default=10, help="continuations to keep at each step; 1 is greedy (10)")
     add("--length-penalty", type=number(float, 0, 10), default=0.8, help="log-probability / length ** this (0.8)")
     add("--no-repeat-ngram", type=number(int, 0), default=4, help="tokens that no output has twice; 0: any (4)")
-    add("--batch-size", type=count, default=16, help="inputs at a time (16)")
+    add("--batch-size", type=positive, default=16, help="inputs at a time (16)")
     return parser
 
 
 def main(argv=None):
     parser = make_parser()
-    train.command(parser, run, parser.parse_args(argv))
+    with train.one_line_errors(parser):
+        run(parser.parse_args(argv))
 
 
 def run(args):
@@ -184,10 +186,10 @@ def run(args):
     if args.data:
         references, beside = read_references(args.data), args.out.with_suffix(".references.txt")
         longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
-        read = train.e2e_file("test.txt") if args.data == "e2e" else args.data.removeprefix("e2e:")
+        inputs = train.e2e_file("test.txt") if args.data == "e2e" else args.data.removeprefix("e2e:")
         for out in (args.out, beside):
             fine = out.suffix == ".txt" and (not out.exists() or out.is_file()) and os.access(f"{out.parent}/", os.W_OK)
-            if not fine or out.resolve() == Path(read).resolve():
+            if not fine or out.resolve() == Path(inputs).resolve():
                 raise ValueError(f"--out {out}: the inputs, or no .txt file that can be written; name another")
     else:
         ids = tokenizer.encode(args.prompt or "", allowed_special={END}) or [tokenizer.eot_token]

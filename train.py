@@ -18,8 +18,8 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import lru_cache, partial
-from itertools import groupby, islice, takewhile
+from functools import partial
+from itertools import count, groupby, islice, takewhile
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -47,30 +47,30 @@ DTYPES = ("float32", "bfloat16", "float16")
 def make_parser():
     # Without a usage line, longer than a screen, argparse's errors are one line.
     about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
-    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about)
-    add, count, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=about)
+    add, positive, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
-    add("--r", type=count, default=4, help="rank of the adapters (4)")
+    add("--r", type=positive, default=4, help="rank of the adapters (4)")
     add("--alpha", type=number(float, 1e-6), default=32, help="alpha / r scales what the adapters add (32)")
     add("--lora-dropout", type=part, help="dropout on the adapters' input *")
     add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v: query and value)")
-    add("--steps", type=count, help="how often the weights are updated *")
-    add("--batch-size", type=count, help="examples that are computed at a time *")
-    add("--grad-accum", type=count, default=1, help="batches of that size in one step (1)")
+    add("--steps", type=positive, help="how often the weights are updated *")
+    add("--batch-size", type=positive, help="examples that are computed at a time *")
+    add("--grad-accum", type=positive, default=1, help="batches of that size in one step (1)")
     add("--lr", type=number(float, 1e-12), help="the highest learning rate *")
     add("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's (0.01)")
     add("--warmup", type=number(int, 0), help="steps in which the rate rises, before it falls to zero *")
     add("--label-smoothing", type=part, help="part of a target spread over all tokens *")
-    add("--eval-every", type=count, help="steps between looks at held-out data *")
+    add("--eval-every", type=positive, help="steps between looks at held-out data *")
     add("--seed", type=number(int, 0), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
     add("--dtype", choices=DTYPES, help="of frozen weights (16 bits if the GPU computes in them)")
     add("--compile", action="store_true", help="slower to start, faster steps")
     add("--out", type=Path, help="folder for all that a run writes (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.set_defaults(must_match={}, **DEFAULTS["toy"])
+    parser.set_defaults(**DEFAULTS["toy"])
     return parser
 
 
@@ -154,14 +154,14 @@ def encode_pair(tokenizer, prompt, completion):
 def read_pairs(path):
     """[(prompt, completion)] of a .jsonl, or of lines prompt||completion. Raises OSError or ValueError."""
     pairs, as_json = [], str(path).endswith(".jsonl")
-    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+    for n, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         line = line.strip()
         try:
             prompt, completion = map(json.loads(line).get, ("prompt", "completion")) if as_json else line.split("||", 1)
             (prompt + completion).encode()  # only text will do, and only what UTF-8 can hold
         except (ValueError, TypeError, AttributeError, RecursionError):
             form = '{"prompt": "...", "completion": "..."}' if as_json else "prompt||completion"
-            raise ValueError(f"{path}, line {number}: not {form}") from None
+            raise ValueError(f"{path}, line {n}: not {form}") from None
         pairs.append((prompt, completion))
     return pairs
 
@@ -177,7 +177,8 @@ def collate(examples, device):
     """(B, T) inputs on the device, and targets on the CPU. Padding, at the end, has no targets."""
     inputs = [torch.tensor(ids[:-1]) for ids, _ in examples]
     targets = [torch.tensor([-100] * (start - 1) + ids[start:]) for ids, start in examples]  # each the next token
-    return send(pad_sequence(inputs, True), device), pad_sequence(targets, True, padding_value=-100)
+    inputs = pad_sequence(inputs, batch_first=True)
+    return send(inputs, device), pad_sequence(targets, batch_first=True, padding_value=-100)
 
 
 # ---- The training loop ----
@@ -193,66 +194,72 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer or torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay)
-    device, held = model.wte.weight.device, model.wte.weight.dtype
-    dtype = getattr(torch, args.dtype) if args.dtype else held
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != held)
+    device, weight_dtype = model.wte.weight.device, model.wte.weight.dtype
+    dtype = getattr(torch, args.dtype) if args.dtype else weight_dtype
+    # LoRA's frozen weights are held in dtype. Where all weights are trained they are float32, cast for each product.
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != weight_dtype)
     # In float16, small gradients would vanish: they are scaled up.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first, log, losses = load_state(args, model, params, optimizer, scaler) if args.resume else (0, [], 0.0)
+    # What a run that is interrupted and the one that goes on must have in common.
+    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "device", "compile")}
+    first_step, log, loss_sum = 0, [], 0.0
+    if args.resume:
+        first_step, log, loss_sum = load_state(args.out / "state.pt", recipe, model, params, optimizer, scaler)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     model.train()
-    steps, warmup, size = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
+    steps, warmup, per_step = args.steps, args.warmup or 0, args.batch_size * args.grad_accum
+    log_every = max(1, min(steps // 10, 100))
 
-    @lru_cache(2)
-    def order(epoch):  # of the examples: each epoch has another
-        draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
-        return torch.randperm(len(examples), generator=draw).tolist()
+    def shuffled():  # the examples again and again, each epoch in another order
+        for epoch in count():
+            draw = torch.Generator().manual_seed(args.seed * 10**9 + epoch)
+            yield from (examples[i] for i in torch.randperm(len(examples), generator=draw).tolist())
 
-    tokens, began, last = 0, time.time(), time.time()
-    for step in range(first, steps):
-        for group in optimizer.param_groups:  # a linear rise to the peak, then a linear fall
-            peak = group.setdefault("peak", group["lr"])
-            group["lr"] = peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+    stream = islice(shuffled(), first_step * per_step, None)
+    tokens, began, last_row = 0, time.time(), time.time()
+    for step in range(first_step, steps):
+        rise, fall = (step + 1) / (warmup + 1), (steps - step) / (steps - warmup)  # both linear
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * min(rise, fall)
         torch.manual_seed(args.seed * 10**9 + step)  # for dropout: a run that goes on from here draws the same
-        places = (divmod(i, len(examples)) for i in range(step * size, (step + 1) * size))
-        batch = [examples[order(epoch)[i]] for epoch, i in places]
-        parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, size, args.batch_size)]
+        batch = list(islice(stream, per_step))
+        parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, per_step, args.batch_size)]
         n = sum((targets >= 0).sum() for _, targets in parts)
         for idx, targets in parts:
             with autocast:
                 loss = model(idx, targets, args.label_smoothing)
             loss = loss * ((targets >= 0).sum() / n)  # the parts add up to the batch's mean
             scaler.scale(loss).backward()
-            losses = losses + loss.detach()
+            loss_sum = loss_sum + loss.detach()
         scaler.step(optimizer)  # not if a gradient has overflowed: update() then lowers the scale
         scaler.update()
         optimizer.zero_grad()
         tokens += sum(len(ids) - 1 for ids, _ in batch)
 
         done = step + 1
-        look = done % args.eval_every == 0 or done == steps
-        if look or done % max(1, min(steps // 10, 100)) == 0:
-            loss = float(losses) / (done - (log[-1]["step"] if log else 0))  # waits for the GPU
+        look = done % args.eval_every == 0 or done == steps  # at held-out data
+        if look or done % log_every == 0:
+            loss = float(loss_sum) / (done - (log[-1]["step"] if log else 0))  # waits for the GPU
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done}: start again with a --lr below {args.lr}")
             row = dict(step=done, loss=loss, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
-            row["tokens_per_s"] = tokens / (time.time() - last)
+            row["tokens_per_s"] = tokens / (time.time() - last_row)
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
-            row["seconds_left"] = (time.time() - began) / (done - first) * (steps - done)
+            row["seconds_left"] = (time.time() - began) / (done - first_step) * (steps - done)
             if look and held_out:
                 with autocast:
                     row["val_loss"] = evaluate(model, held_out, args.batch_size)
             log.append(row)
-            losses, tokens, last = 0.0, 0, time.time()
+            loss_sum, tokens, last_row = 0.0, 0, time.time()
             if report:
                 report(row)
         if args.out and (look or stopped):
-            state = dict(step=done, log=log, losses=losses, params=params, must_match=args.must_match)
+            state = dict(recipe=recipe, step=done, log=log, loss_sum=loss_sum, params=params)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            lines = log[:1] + [row.values() for row in log]  # the names of the columns, which are a row's keys
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            header = [row.keys() for row in log[:1]]
+            text = "".join(",".join(map(str, line)) + "\n" for line in header + [row.values() for row in log])
             write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
         if stopped:
             raise KeyboardInterrupt(f"stopped; add --resume to go on from {args.out / 'state.pt'}")
@@ -280,42 +287,20 @@ def print_row(row):
     print(f"{line}  {timedelta(seconds=round(row['seconds_left']))} left", flush=True)
 
 
-def load_state(args, model, params, optimizer, scaler):
+def load_state(file, recipe, model, params, optimizer, scaler):
     """Put back what an interrupted run has saved: (its step, log, sum of losses). Raises OSError or ValueError."""
-    file = args.out / "state.pt"
     file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        then = state["must_match"]
-        other = [f"{key} = {then[key]}" for key, value in args.must_match.items() if then[key] != value]
+        other = [f"{key} = {value}" for key, value in state["recipe"].items() if recipe.get(key) != value]
         if not other:
             model.load_state_dict({name: state["params"][name] for name in params}, strict=False)
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-            return int(state["step"]), list(state["log"]), state["losses"]
+            return int(state["step"]), list(state["log"]), state["loss_sum"]
     except Exception as e:  # torch raises many things for a damaged file
         raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
     raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
-
-
-@contextlib.contextmanager
-def deferred_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
-    caught, before = [], {}
-
-    def defer(number, frame):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        number = getattr(signal, name)
-        if signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
-            before[number] = signal.signal(number, defer)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- The base ----
@@ -336,14 +321,14 @@ def load_base(name, dtype=torch.float32, device="cpu", report=None):
         return GPT.from_pretrained(name, dtype, device)
     config, tokenizer = toy.toy_base()
     data = load_data("toy:all", tokenizer, config.block_size)
-    recipe, made_by = fingerprint(config, toy.TINY_RECIPE, data), toy.TINY / "made-by"
-    if not made_by.exists() or made_by.read_text() != recipe:  # somebody may have changed the toy world
+    made_by, now = toy.TINY / "made-by", fingerprint(config, toy.TINY_RECIPE, data)
+    if not made_by.exists() or made_by.read_text() != now:  # somebody may have changed the toy world
         print("training the base `tiny` from nothing, once")
         torch.manual_seed(0)
         model = GPT(config)
         train(model, *data, settings(**toy.TINY_RECIPE), report)
         model.save_pretrained(toy.TINY, toy.toy_vocabulary())
-        write_whole({made_by: recipe})
+        write_whole({made_by: now})
     try:
         return GPT.from_pretrained(toy.TINY, dtype, device)
     except (OSError, ValueError) as e:
@@ -359,7 +344,7 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
     They are drawn, or found by search(idx): token ids for each of the prompts idx (B, T).
     """
-    device, end, texts, began = model.wte.weight.device, tokenizer.eot_token, {}, time.time()
+    device, end, texts = model.wte.weight.device, tokenizer.eot_token, {}
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(idx):
@@ -379,8 +364,7 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
             for prompt, tokens in zip(batch, found, strict=True):
                 texts[prompt] = tokenizer.decode(list(takewhile(lambda t: t < end, tokens))).strip()
             if search:
-                left = round((time.time() - began) / len(texts) * (len(ids) - len(texts)))
-                print(f"\r{len(texts)}/{len(ids)} prompts  {timedelta(seconds=left)} left ", end="", flush=True)
+                print(f"\r{len(texts)} of {len(ids)} prompts", end="", flush=True)
     return [texts[prompt] for prompt in prompts]
 
 
@@ -392,13 +376,14 @@ ADVICE = {  # by words of torch's own message
 }
 
 
-def command(parser, run, args):
-    """Run a command. What its user can do something about becomes a message of one line."""
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """What the user of a command can do something about becomes a message of one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
-        run(args)
+        yield
     except KeyboardInterrupt as e:
         parser.exit(130, f"\n{parser.prog}: {str(e) or 'stopped'}\n")
     except (OSError, ValueError, FloatingPointError) as e:
@@ -411,9 +396,30 @@ def command(parser, run, args):
         raise
 
 
+@contextlib.contextmanager
+def deferred_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
+    caught, before = [], {}
+
+    def defer(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, before[signum])
+
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        signum = getattr(signal, name)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # which is what nohup asks for
+            before[signum] = signal.signal(signum, defer)
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def pick_device(name):
     """The torch.device of this name; without one, the best that is here. Raises ValueError."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    here = [kind for kind in found if found[kind]]
     if name and name not in here:
         raise ValueError(f"--device {name}: this machine has {' and '.join(here)}")
     return torch.device(name or here[0])
@@ -430,7 +436,8 @@ def main(argv=None):
     parser = make_parser()
     kind = parser.parse_args(argv).data.partition(":")[0]
     parser.set_defaults(**DEFAULTS.get(kind, DEFAULTS["file"]))
-    command(parser, run, parser.parse_args(argv))
+    with one_line_errors(parser):
+        run(parser.parse_args(argv))
 
 
 def run(args):
@@ -447,7 +454,7 @@ def run(args):
     if args.warmup >= args.steps:
         raise ValueError(f"--warmup {args.warmup} is not below --steps {args.steps}: change one")
     base = toy.TINY if args.model == "tiny" else args.model
-    name = f"{Path(base).name}-{Path(args.data).stem.replace(':', '-')}" + "-full" * full
+    name = f"{Path(base).name}-{Path(args.data).stem.replace(':', '-')}{'-full' if full else ''}"
     out = args.out = args.out or Path("out", name)
     if out.resolve() in (Path(base).resolve(), toy.TINY.resolve()):
         raise ValueError(f"--out {out} is the base: name another")
@@ -460,11 +467,9 @@ def run(args):
         raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")
 
     model = load_base(args.model, torch.float32 if full else getattr(torch, args.dtype), device, print_row)
-    # A run that goes on must have these in common with the one that was interrupted.
-    elsewhere = ("out", "resume", "device", "compile", "must_match")
-    args.must_match = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    args.must_match["hash of the data"] = fingerprint(data)
-    args.must_match["hash of the base"] = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
+    # A run that goes on knows by these whether data and base are still what they were.
+    args.data_hash = fingerprint(data)
+    args.base_hash = fingerprint([p.flatten()[:8].tolist() for p in model.parameters()])
     voice = args.data.removeprefix("toy:")
     prompts = [toy.toy_prompt(restaurant) for restaurant in toy.toy_world()[1]] if voice in toy.VOICES else []
     before = complete(model, tokenizer, prompts, seed=3)  # other draws than afterwards
@@ -475,9 +480,10 @@ def run(args):
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"LoRA adds {trained:,}, {trained / size:.2%}, and trains them")
-    print(", ".join(f"{key} {value}" for key, value in args.must_match.items()), end="\n\n")
-    for block in model.h if args.compile else ():
-        block.compile()
+    print(", ".join(f"{key} {value}" for key, value in vars(args).items()), end="\n\n")
+    if args.compile:
+        for block in model.h:
+            block.compile()
 
     with deferred_signals() as stopped:
         train(model, *data, args, print_row, stopped=stopped)

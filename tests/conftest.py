@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and peft are imported: no test may need a network
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch is: see train.py
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest

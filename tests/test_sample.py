@@ -148,7 +148,7 @@ def test_the_command_writes_outputs_and_references_and_prints_bleu(folder, tmp_p
     outputs = out.read_text(encoding="utf-8").split("\n")
     assert outputs.pop() == "" and len(outputs) == 3 and all(outputs)
     assert read_blocks(tmp_path / "predictions.references.txt") == [["B is Thai .", "Thai: B."], ["A."], ["Mill é"]]
-    assert "\r3/3 prompts  0:00:00 left" in capsys.readouterr().out
+    assert "\r3 of 3 prompts" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"predictions.txt", "predictions.references.txt"}
 
     model, tokenizer = GPT.from_pretrained(folder / "model"), make_tokenizer(toy.toy_vocabulary())

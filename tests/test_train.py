@@ -43,51 +43,62 @@ def output(folder, line, **options):
 # ---- The first run: nothing but the four files -------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def first_run(tmp_path_factory):
-    """(folder, what `python train.py` prints) of a fresh copy of the four files."""
-    folder = tmp_path_factory.mktemp("clone")
+def copy_files(folder):
+    """A folder with nothing but the four files and the toy world."""
     (folder / "notebooks").mkdir()
     for name in ("gpt.py", "lora.py", "train.py", "sample.py", "notebooks/toy.py"):
         shutil.copy(TOP / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory):
+    """(folder, what `python train.py` prints) of a copy whose base gets half of its steps: it does not know all."""
+    folder = copy_files(tmp_path_factory.mktemp("clone"))
+    source = (folder / "notebooks/toy.py").read_text(encoding="utf-8")
+    assert "steps=600" in source
+    (folder / "notebooks/toy.py").write_text(source.replace("steps=600", "steps=300"), encoding="utf-8")
     return folder, output(folder, "train.py")
+
+
+def figures(out):
+    """[in the voice, every slot right], in %, of the base, and of the adapted model."""
+    lines = [list(map(float, re.findall(r"([\d.]+)%", line))) for line in out.splitlines()]
+    return [pair for pair in lines if len(pair) == 2]
+
+
+@pytest.mark.slow
+def test_the_first_run_of_a_new_user_teaches_the_voice(tmp_path):
+    (base_voice, base_slots), (voice, slots) = figures(output(copy_files(tmp_path), "train.py"))
+    assert base_voice <= 45 and base_slots >= 95 and voice >= 95 and slots >= 95
 
 
 def test_first_run_teaches_the_voice(first_run):
     _, out = first_run
-    figures = [list(map(float, re.findall(r"([\d.]+)%", line))) for line in out.splitlines()]
-    (base_voice, base_slots), (voice, slots) = [pair for pair in figures if len(pair) == 2]
-    assert base_voice <= 45 and base_slots >= 95 and voice >= 95 and slots >= 95
+    (base_voice, base_slots), (voice, slots) = figures(out)
+    assert base_voice <= 45 and base_slots >= 90 and voice >= 85 and slots >= 90
     assert int(re.search(r"of (\d+) restaurants it never saw", out)[1]) >= 128
     assert "LoRA adds 8,192, 0.95%" in out
     assert len(re.findall(r"^  base     \S.*\n  adapted  \S.*$", out, re.MULTILINE)) == 4
 
 
-def test_next_run_finds_the_base_and_other_folders_keep_theirs(first_run):
-    folder, out = first_run
-    assert "training the base" in out
-    assert "training the base" not in output(folder, "train.py --steps 2 --out out/short")
-    assert (folder / "out/short/log.csv").read_text().splitlines()[0].startswith("step,loss,val_loss,lr")
-
-
 def test_printed_command_writes_in_the_voice_and_merging_changes_nothing(first_run):
     folder, out = first_run
     line = re.search(r"python (sample\.py .+)", out)[1]
-    text = output(folder, line)
+    process = run(folder, line)
+    text = process.stdout.read(4)
+    assert text == "name"  # while the rest is still being written
+    text += process.stdout.read()
     assert toy.in_voice(text.partition("<|endoftext|>")[2], "pirate")
     assert output(folder, line + " --merge") == text
 
 
-def test_sampling_streams(first_run):
+def test_next_run_finds_the_base_and_trains_all_of_it_into_a_folder_of_its_own(first_run):
     folder, out = first_run
-    process = run(folder, re.search(r"python (sample\.py .+)", out)[1])
-    assert process.stdout.read(4) == "name"
-    process.communicate()
-
-
-def test_full_training_saves_a_model_that_samples(first_run):
-    folder, _ = first_run
-    out = output(folder, "train.py --method full --data toy:text --steps 3 --out out/full")
+    assert "training the base" in out
+    out = output(folder, "train.py --method full --data toy:all --steps 2 --out out/full")
+    assert "training the base" not in out
+    assert (folder / "out/full/log.csv").read_text().splitlines()[0].startswith("step,loss,val_loss,lr")
     line = re.search(r"python (sample\.py .+)", out)[1]
     assert "--lora" not in line and output(folder, line).startswith("name : ")
 
@@ -106,7 +117,7 @@ def test_held_out_restaurants_are_never_trained_on():
 
 @pytest.mark.parametrize("voice", toy.VOICES)
 def test_judges_of_the_toy(voice):
-    restaurants, _ = toy.toy_world()
+    restaurants = toy.toy_world()[0][::6]
     slots = itertools.cycle(toy.SLOTS)
     for restaurant, (prompt, text) in zip(restaurants, toy.toy_pairs(restaurants, [voice]), strict=True):
         assert prompt == toy.toy_prompt(restaurant)
@@ -356,7 +367,9 @@ def results(base, out):
 @pytest.fixture(scope="module")
 def whole(base):
     """What a run that nothing interrupts leaves."""
-    output(base, command("lora", "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        train.main(shlex.split(flags("lora", "whole")))
     return results(base, "whole")
 
 
@@ -418,6 +431,7 @@ def test_a_full_disk_leaves_the_last_state(base, monkeypatch, capsys):
     assert sorted(file.name for file in Path("disk").iterdir()) == ["log.csv", "state.pt"]
 
 
-def test_full_training_keeps_the_vocabulary(base):
-    output(base, command("full", "vocabulary", "--steps 1"))
+def test_full_training_keeps_the_vocabulary(base, monkeypatch):
+    monkeypatch.chdir(base)
+    train.main(shlex.split(flags("full", "vocabulary", "--steps 1")))
     assert load_tokenizer(base / "vocabulary").n_vocab == load_tokenizer(base / "model").n_vocab == 380

@@ -61,6 +61,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cores() < 2, reason="needs Linux and two cores")
 def test_two_runs_at_once_each_keep_their_share():
     if "libgomp" not in Path("/proc/self/maps").read_text():
