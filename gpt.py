@@ -397,7 +397,6 @@ def download(url, file, sha256=None, check=lambda tmp: None):
 
     Raises OSError that says what to do by hand, and leaves nothing behind.
     """
-
     tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     socket.setdefaulttimeout(PATIENCE)
     try:
