@@ -58,7 +58,7 @@ class Attention(nn.Module):
         # (B, T, C) -> (B, n_head, T, C / n_head)
         q, k, v = (c(x).view(B, T, self.n_head, -1).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
         if cache is not None:  # keep these keys and values, attend to all that are kept
-            keys, values = cache  # each (B, n_head, block_size, C / n_head)
+            keys, values = cache[0], cache[1]  # each (B, n_head, the cache's length, C / n_head)
             keys[:, :, pos : pos + T] = k
             values[:, :, pos : pos + T] = v
             k, v = keys[:, :, : pos + T], values[:, :, : pos + T]
@@ -138,17 +138,17 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return F.linear(x, self.wte.weight)
-        rows = (targets != -100).flatten().nonzero()[:, 0]
-        x, targets = x.flatten(0, 1)[send(rows, x.device)], send(targets.flatten()[rows], x.device)
+        kept = (targets != -100).flatten().nonzero()[:, 0]
+        x, targets = x.flatten(0, 1)[send(kept, x.device)], send(targets.flatten()[kept], x.device)
         # A Function would compute the gradient of a weight that asks for one even where gradients are off.
         weight = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()
         return ChunkedCrossEntropy.apply(x, weight, targets, label_smoothing)
 
-    def new_cache(self, B, T):
-        """An empty cache for the keys and values of B sequences of up to T tokens."""
+    def new_cache(self, B, length):
+        """An empty cache for the keys and values of B sequences of up to so many tokens."""
         c = self.config
-        c.check_length(T)
-        return self.wte.weight.new_empty(c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
+        c.check_length(length)
+        return self.wte.weight.new_empty(c.n_layer, 2, B, c.n_head, length, c.n_embd // c.n_head)
 
     def next_logits(self, idx, cache, pos):
         """Logits (B, V) of the token that follows idx (B, T), as in `hidden`. They are float32 whatever the model is:
@@ -253,17 +253,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss -= on_target * logits.gather(1, target).sum()
             if label_smoothing:
                 loss -= elsewhere * logits.sum()
-            exp = logits.exp_()
-            total = exp.sum(-1, keepdim=True)
+            total = logits.exp_().sum(-1, keepdim=True)
             loss += total.log().sum()  # log softmax = logits - log total
             if any(ctx.needs_input_grad):
-                dlogits = exp.div_(total).sub_(elsewhere)
+                dlogits = logits.div_(total).sub_(elsewhere)
                 dlogits = dlogits.scatter_add_(1, target, torch.full_like(total, -on_target)).to(x.dtype)
                 dx[rows] = dlogits @ weight
                 if dweight is not None:
                     dweight += dlogits.T @ x[rows]
                 del dlogits
-            del logits, exp  # these go before the next ones come
+            del logits  # these go before the next ones come
         ctx.N = N
         ctx.save_for_backward(dx, dweight)
         return loss / N
@@ -305,7 +304,6 @@ SIZES = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer
 GPT2_SETTINGS = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
 GPT2_SETTINGS |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 GPT2_SETTINGS |= dict(add_cross_attention=False, tie_word_embeddings=True)
-MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
 PATIENCE = 30  # seconds in which a server has to say something
 
 
@@ -357,15 +355,15 @@ def read_weights(file, config, dtype=torch.float32, device="meta"):
     try:
         open(file, "rb").close()  # says why, if it cannot be read
         with safe_open(file, "pt") as f:
-            keys = {key.removeprefix("transformer."): key for key in f.keys() if not key.endswith(MASKS)}
-            head = keys.pop("lm_head.weight", None)
-            if other := keys.keys() ^ layout.keys():
+            found = {key for key in f.keys() if not key.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
+            head, prefix = "lm_head.weight", "transformer." if "transformer.wte.weight" in found else ""
+            if other := (found - {head}) ^ {prefix + stored for stored in layout}:
                 raise ValueError(f"{file} is not the GPT-2 that its config.json describes: look for {min(other)}")
-            if head and not torch.equal(f.get_tensor(head), f.get_tensor(keys["wte.weight"])):
+            if head in found and not torch.equal(f.get_tensor(head), f.get_tensor(f"{prefix}wte.weight")):
                 raise ValueError(f"{file}: lm_head.weight differs from wte.weight, to which GPT-2 ties it")
         for stored, names in layout.items():  # wte, the largest, first: it is mapped while little else is there
             with safe_open(file, "pt") as f:  # anew for each: what was mapped for the last one is let go
-                w = as_stored(stored, f.get_tensor(keys[stored]))
+                w = as_stored(stored, f.get_tensor(prefix + stored))
             rows, *rest = expected[names[0]].shape
             wanted = [len(names) * rows, *rest]
             if [*w.shape] != wanted or not w.is_floating_point() or w.itemsize == 1:
@@ -397,20 +395,20 @@ def download(url, file, sha256=None, check=lambda tmp: None):
 
     Raises OSError that says what to do by hand, and leaves nothing behind.
     """
-    tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+
+    def fetch(tmp):
+        torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
+        check(tmp)
+
     socket.setdefaulttimeout(PATIENCE)
     try:
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(tmp), hash_prefix=sha256)
-            check(tmp)
-            tmp.replace(file)
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: another hash
+            write_whole({file: fetch})
+    except (OSError, ValueError, http.client.HTTPException) as e:
         if not file.exists():  # nor has another process brought it in the meantime
-            why = " ".join(str(e).split())
+            why = " ".join(str(e.__cause__ or e).split())  # what write_whole caught, if it did
             raise OSError(f"cannot download {url} ({why}): try again, or put the file at {file} by hand") from None
     finally:
-        tmp.unlink(missing_ok=True)
         socket.setdefaulttimeout(None)
     return file
 

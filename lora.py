@@ -192,7 +192,7 @@ def read_peft(dir):
             parts = zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]
             for part, B_part in parts:
                 # A column of B is a part's if it is not zero there. If it is zero everywhere, it may be anybody's.
-                mine = B_part.any(0) | ~B.any(0)
+                mine = B_part.any(dim=0) | ~B.any(dim=0)
                 if r := int(mine.sum()):
                     yield f"{block}.{part}", A[mine], B_part[:, mine], alpha * r / len(A), dropout
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:

@@ -59,10 +59,10 @@ def beam_search(model, idx, beam, max_new_tokens, length_penalty, no_repeat_ngra
         written = torch.cat([written[rows], tokens.view(-1, 1)], dim=1)  # (B * beam, length)
 
         ended = torch.isin(tokens, torch.tensor([*ends], device=device)) | (length == max_new_tokens)
-        score, k = torch.where(ended, scores / length**length_penalty, -torch.inf).max(-1)
-        for b in (score > best_score).nonzero().flatten().tolist():
-            best[b] = written[b * beam + k[b]].tolist()
-        best_score = best_score.maximum(score)
+        final_score, winner = torch.where(ended, scores / length**length_penalty, -torch.inf).max(-1)
+        for b in (final_score > best_score).nonzero().flatten().tolist():
+            best[b] = written[b * beam + winner[b]].tolist()
+        best_score = best_score.maximum(final_score)
         scores = scores.masked_fill(ended, -torch.inf)
         # log p only falls: this is what a beam would reach if it stayed as it is to the last step.
         within_reach = scores.amax(-1) / max_new_tokens**length_penalty
@@ -87,7 +87,7 @@ def block_repeats(logits, written, n):
 
 
 def read_references(name):
-    """{prompt: [reference, ...]} of e2e, e2e:FILE or FILE.jsonl, in the file's order. Raises OSError or ValueError."""
+    """({prompt: [reference, ...]}, file) of e2e, e2e:FILE or FILE.jsonl. Raises OSError or ValueError."""
     if name.partition(":")[0] != "e2e" and not name.endswith(".jsonl"):
         raise ValueError(f"--data {name}: name e2e, e2e:FILE or FILE.jsonl")
     references, file = {}, train.e2e_file("test.txt") if name == "e2e" else name.removeprefix("e2e:")
@@ -95,7 +95,7 @@ def read_references(name):
         if not (line := " ".join(completion.split())):
             raise ValueError(f"{name}: an output is compared with the completion of {prompt!r}, which is empty")
         references.setdefault(prompt, []).append(line)
-    return references
+    return references, file
 
 
 def bleu(outputs, references):
@@ -147,8 +147,7 @@ def load_microsoft(model, file):
 
 def make_parser():
     parser = argparse.ArgumentParser("sample.py", usage=argparse.SUPPRESS, description="Let GPT-2 write.")
-    number, add = train.number, parser.add_argument
-    positive = number(int, 1)
+    add, number, positive = parser.add_argument, train.number, train.number(int, 1)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--lora", help="the folder of an adapter, or a FILE.pt that Microsoft published (its alpha is taken to be 32)")
     add("--merge", action="store_true", help="merge the adapter into the base first: the same text, no extra work")
@@ -184,9 +183,8 @@ def run(args):
     device = train.pick_device(args.device)
     config, tokenizer = train.describe_base(args.model)
     if args.data:
-        references, beside = read_references(args.data), args.out.with_suffix(".references.txt")
+        (references, inputs), beside = read_references(args.data), args.out.with_suffix(".references.txt")
         longest = max(len(tokenizer.encode_ordinary(prompt)) + 1 for prompt in references)
-        inputs = train.e2e_file("test.txt") if args.data == "e2e" else args.data.removeprefix("e2e:")
         for out in (args.out, beside):
             fine = out.suffix == ".txt" and (not out.exists() or out.is_file()) and os.access(f"{out.parent}/", os.W_OK)
             if not fine or out.resolve() == Path(inputs).resolve():

@@ -13,13 +13,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 from datetime import timedelta
 from functools import partial
-from itertools import count, groupby, islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -44,17 +45,17 @@ DEFAULTS = {  # what depends on the data; for e2e the paper's (its table 11)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def make_parser():
+def make_parser(kind="toy"):
     # Without a usage line, longer than a screen, argparse's errors are one line.
     about = "Fine-tune GPT-2. What has a * depends on --data: each run prints what it uses."
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=about)
-    add, positive, part = parser.add_argument, number(int, 1), number(float, 0, 0.99)
+    add, positive, fraction = parser.add_argument, number(int, 1), number(float, 0, 0.99)
     add("--model", default="tiny", help=f"the base: tiny, {', '.join(PRETRAINED)}, or a folder (tiny)")
     add("--data", default="toy:pirate", help="toy:VOICE, toy:all, e2e, e2e:FILE, FILE.txt or FILE.jsonl")
     add("--method", default="lora", choices=["lora", "full"], help="train adapters, or all weights")
     add("--r", type=positive, default=4, help="rank of the adapters (4)")
     add("--alpha", type=number(float, 1e-6), default=32, help="alpha / r scales what the adapters add (32)")
-    add("--lora-dropout", type=part, help="dropout on the adapters' input *")
+    add("--lora-dropout", type=fraction, help="dropout on the adapters' input *")
     add("--targets", nargs="+", default=["c_q", "c_v"], help="layers to adapt (c_q c_v: query and value)")
     add("--steps", type=positive, help="how often the weights are updated *")
     add("--batch-size", type=positive, help="examples that are computed at a time *")
@@ -62,7 +63,7 @@ def make_parser():
     add("--lr", type=number(float, 1e-12), help="the highest learning rate *")
     add("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's (0.01)")
     add("--warmup", type=number(int, 0), help="steps in which the rate rises, before it falls to zero *")
-    add("--label-smoothing", type=part, help="part of a target spread over all tokens *")
+    add("--label-smoothing", type=fraction, help="part of a target spread over all tokens *")
     add("--eval-every", type=positive, help="steps between looks at held-out data *")
     add("--seed", type=number(int, 0), default=0, help="of A, the order of the data and the dropout (0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="found by itself")
@@ -70,7 +71,7 @@ def make_parser():
     add("--compile", action="store_true", help="slower to start, faster steps")
     add("--out", type=Path, help="folder for all that a run writes (out/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.set_defaults(**DEFAULTS["toy"])
+    parser.set_defaults(**DEFAULTS.get(kind, DEFAULTS["file"]))
     return parser
 
 
@@ -157,7 +158,8 @@ def read_pairs(path):
     for n, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         line = line.strip()
         try:
-            prompt, completion = map(json.loads(line).get, ("prompt", "completion")) if as_json else line.split("||", 1)
+            pair = map(json.loads(line).get, ("prompt", "completion")) if as_json else line.split("||", 1)
+            prompt, completion = pair
             (prompt + completion).encode()  # only text will do, and only what UTF-8 can hold
         except (ValueError, TypeError, AttributeError, RecursionError):
             form = '{"prompt": "...", "completion": "..."}' if as_json else "prompt||completion"
@@ -192,10 +194,13 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
     place. Returns the log, a list of dicts of numbers; report(row) gets each when it is new.
     Raises FloatingPointError if the loss is not finite.
     """
+    if not examples:
+        raise ValueError("there are no examples to train on")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer or torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay)
     device, weight_dtype = model.wte.weight.device, model.wte.weight.dtype
     dtype = getattr(torch, args.dtype) if args.dtype else weight_dtype
+    peaks = [group["lr"] for group in optimizer.param_groups]
     # LoRA's frozen weights are held in dtype. Where all weights are trained they are float32, cast for each product.
     autocast = torch.autocast(device.type, dtype, enabled=dtype != weight_dtype)
     # In float16, small gradients would vanish: they are scaled up.
@@ -221,16 +226,16 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
     tokens, began, last_row = 0, time.time(), time.time()
     for step in range(first_step, steps):
         rise, fall = (step + 1) / (warmup + 1), (steps - step) / (steps - warmup)  # both linear
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("peak", group["lr"]) * min(rise, fall)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(rise, fall)
         torch.manual_seed(args.seed * 10**9 + step)  # for dropout: a run that goes on from here draws the same
         batch = list(islice(stream, per_step))
         parts = [collate(batch[i : i + args.batch_size], device) for i in range(0, per_step, args.batch_size)]
-        n = sum((targets >= 0).sum() for _, targets in parts)
+        n_targets = sum((targets >= 0).sum() for _, targets in parts)
         for idx, targets in parts:
             with autocast:
                 loss = model(idx, targets, args.label_smoothing)
-            loss = loss * ((targets >= 0).sum() / n)  # the parts add up to the batch's mean
+            loss = loss * ((targets >= 0).sum() / n_targets)  # the parts add up to the batch's mean
             scaler.scale(loss).backward()
             loss_sum = loss_sum + loss.detach()
         scaler.step(optimizer)  # not if a gradient has overflowed: update() then lowers the scale
@@ -241,10 +246,11 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
         done = step + 1
         look = done % args.eval_every == 0 or done == steps  # at held-out data
         if look or done % log_every == 0:
-            loss = float(loss_sum) / (done - (log[-1]["step"] if log else 0))  # waits for the GPU
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {done}: start again with a --lr below {args.lr}")
-            row = dict(step=done, loss=loss, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
+            last_done = log[-1]["step"] if log else 0
+            mean = float(loss_sum) / (done - last_done)  # waits for the GPU
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean} at step {done}: start again with a --lr below {args.lr}")
+            row = dict(step=done, loss=mean, val_loss=math.nan, lr=optimizer.param_groups[0]["lr"])
             row["tokens_per_s"] = tokens / (time.time() - last_row)
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
             row["seconds_left"] = (time.time() - began) / (done - first_step) * (steps - done)
@@ -255,13 +261,14 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
             loss_sum, tokens, last_row = 0.0, 0, time.time()
             if report:
                 report(row)
-        if args.out and (look or stopped):
+        stop = bool(stopped)
+        if args.out and (look or stop):
             state = dict(recipe=recipe, step=done, log=log, loss_sum=loss_sum, params=params)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             header = [row.keys() for row in log[:1]]
             text = "".join(",".join(map(str, line)) + "\n" for line in header + [row.values() for row in log])
             write_whole({args.out / "state.pt": partial(torch.save, state), args.out / "log.csv": text})
-        if stopped:
+        if stop:
             raise KeyboardInterrupt(f"stopped; add --resume to go on from {args.out / 'state.pt'}")
     model.eval()
     return log
@@ -292,14 +299,15 @@ def load_state(file, recipe, model, params, optimizer, scaler):
     file.open("rb").close()  # can it be read?
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        other = [f"{key} = {value}" for key, value in state["recipe"].items() if recipe.get(key) != value]
+        then = state["recipe"]
+        other = [f"{key} = {then.get(key)}" for key in recipe | then if then.get(key) != recipe.get(key)]
         if not other:
             model.load_state_dict({name: state["params"][name] for name in params}, strict=False)
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             return int(state["step"]), list(state["log"]), state["loss_sum"]
     except Exception as e:  # torch raises many things for a damaged file
-        raise ValueError(f"{file} is damaged ({type(e).__name__}): delete it and start again") from None
+        raise ValueError(f"{file} is damaged ({type(e).__name__}), or of another version: delete it first") from None
     raise ValueError(f"{file} is of a run with {', '.join(other)}: go on with what it had")
 
 
@@ -344,7 +352,7 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
 
     They are drawn, or found by search(idx): token ids for each of the prompts idx (B, T).
     """
-    device, end, texts = model.wte.weight.device, tokenizer.eot_token, {}
+    device, end, text_of = model.wte.weight.device, tokenizer.eot_token, {}
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(idx):
@@ -356,24 +364,21 @@ def complete(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed
                 break
         return torch.stack(columns, dim=1).tolist()
 
-    ids = {prompt: tokenizer.encode_ordinary(prompt) + [end] for prompt in prompts}
+    ids_of = {prompt: tokenizer.encode_ordinary(prompt) + [end] for prompt in prompts}
     # Prompts of one length need no padding. The longest come first: short memory shows at once.
-    for _, group in groupby(sorted(ids, key=lambda p: -len(ids[p])), lambda p: len(ids[p])):
-        while batch := list(islice(group, batch_size)):
-            found = (search or draw)(torch.tensor([ids[prompt] for prompt in batch], device=device))
+    for length in sorted({len(ids) for ids in ids_of.values()}, reverse=True):
+        same = [prompt for prompt in ids_of if len(ids_of[prompt]) == length]
+        for i in range(0, len(same), batch_size):
+            batch = same[i : i + batch_size]
+            found = (search or draw)(torch.tensor([ids_of[prompt] for prompt in batch], device=device))
             for prompt, tokens in zip(batch, found, strict=True):
-                texts[prompt] = tokenizer.decode(list(takewhile(lambda t: t < end, tokens))).strip()
+                text_of[prompt] = tokenizer.decode(list(takewhile(lambda t: t < end, tokens))).strip()
             if search:
-                print(f"\r{len(texts)} of {len(ids)} prompts", end="", flush=True)
-    return [texts[prompt] for prompt in prompts]
+                print(f"\r{len(text_of)} of {len(ids_of)} prompts ", end="", flush=True)
+    return [text_of[prompt] for prompt in prompts]
 
 
 # ---- The command ----
-
-ADVICE = {  # by words of torch's own message
-    ("out of memory", "allocate memory", "not enough memory"): "lower --batch-size, or take a smaller --model",
-    ("compiler", "torch.compile", "triton"): "leave --compile out",
-}
 
 
 @contextlib.contextmanager
@@ -390,25 +395,26 @@ def one_line_errors(parser):
         parser.error(" ".join(str(e).split()))
     except RuntimeError as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())
-        for words, advice in ADVICE.items():
-            if any(word in message.lower() for word in words):
-                parser.error(f"{message[:200]}: {advice}")
+        if re.search("out of memory|allocate memory|not enough memory", message):
+            parser.error(f"{message[:200]}: lower --batch-size, or take a smaller --model")
+        if re.search("compiler|torch.compile|triton", message, re.IGNORECASE):
+            parser.error(f"{message[:200]}: leave --compile out")
         raise
 
 
 @contextlib.contextmanager
 def deferred_signals():
     """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step under way can end. A second one ends it."""
-    caught, before = [], {}
+    caught, names = [], ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    before = {signum: signal.getsignal(signum) for signum in signal.Signals if signum.name in names}
 
     def defer(signum, frame):
         caught.append(signum)
         signal.signal(signum, before[signum])
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        signum = getattr(signal, name)
-        if signal.getsignal(signum) != signal.SIG_IGN:  # which is what nohup asks for
-            before[signum] = signal.signal(signum, defer)
+    for signum, handler in before.items():
+        if handler != signal.SIG_IGN:  # which is what nohup asks for
+            signal.signal(signum, defer)
     try:
         yield caught
     finally:
@@ -433,9 +439,8 @@ def pick_dtype(name, device):
 
 
 def main(argv=None):
-    parser = make_parser()
-    kind = parser.parse_args(argv).data.partition(":")[0]
-    parser.set_defaults(**DEFAULTS.get(kind, DEFAULTS["file"]))
+    data = make_parser().parse_args(argv).data
+    parser = make_parser(data.partition(":")[0])
     with one_line_errors(parser):
         run(parser.parse_args(argv))
 
@@ -443,13 +448,14 @@ def main(argv=None):
 def run(args):
     # Whatever can be wrong with the arguments is found here, before anything takes long.
     full, device = args.method == "full", pick_device(args.device)
-    args.dtype = pick_dtype(args.dtype, device)
+    args.device, args.dtype = device.type, pick_dtype(args.dtype, device)
     config, tokenizer = describe_base(args.model)
     if not full:
         with torch.device("meta"):  # a model of shapes only, to try the rank and the targets on
             add_lora(GPT(config), args.r, targets=args.targets)
     data = load_data(args.data, tokenizer, config.block_size)
-    args.steps = args.steps or math.ceil(args.epochs * len(data[0]) / (args.batch_size * args.grad_accum))
+    if args.steps is None:
+        args.steps = math.ceil(args.epochs * len(data[0]) / (args.batch_size * args.grad_accum))
     args.warmup = min(500, args.steps // 10) if args.warmup is None else args.warmup
     if args.warmup >= args.steps:
         raise ValueError(f"--warmup {args.warmup} is not below --steps {args.steps}: change one")
@@ -459,9 +465,10 @@ def run(args):
     if out.resolve() in (Path(base).resolve(), toy.TINY.resolve()):
         raise ValueError(f"--out {out} is the base: name another")
     state = out / "state.pt"
-    if state.exists() != args.resume:
-        what = "not there: leave --resume out" if args.resume else "of an unfinished run: add --resume, or delete it"
-        raise ValueError(f"{state} is {what}")
+    if args.resume and not state.exists():
+        raise ValueError(f"{state} is not there: leave --resume out")
+    if state.exists() and not args.resume:
+        raise ValueError(f"{state} is of an unfinished run: add --resume, or delete it")
     parent = next(folder for folder in (out, *out.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--out {out}: {parent} is no folder that can be written to; name another")

@@ -12,7 +12,7 @@ from conftest import make_gpt2
 from gpt import GPT, make_tokenizer
 from lora import add_lora, load_lora, save_lora
 
-N = 300  # mutations of each file
+N = 200  # mutations of each file
 
 
 @pytest.fixture(scope="module")

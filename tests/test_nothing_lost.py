@@ -339,7 +339,7 @@ def test_ctrl_c_while_torch_is_imported_prints_no_traceback(folder, command, dur
     assert "Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
 
 
-FOREIGN = [[1, 2], {"recipe": {}}, {"step": 3}, b"", b"PK\x03\x04"]
+FOREIGN = [[1, 2], {"recipe": []}, {"step": 3}, b"", b"PK\x03\x04"]
 
 
 @pytest.mark.parametrize("state", FOREIGN, ids=["list", "no settings", "no anything", "empty", "cut off"])

@@ -253,7 +253,7 @@ def test_bleu_is_the_official_scorers():
 
 
 def test_e2e_test_set(e2e_dir):
-    references = sample.read_references(f"e2e:{e2e_dir / 'test.txt'}")
+    references, _ = sample.read_references(f"e2e:{e2e_dir / 'test.txt'}")
     assert len(references) == 630 and sum(map(len, references.values())) == 4693
     others = [block[1:] or block for block in references.values()]
     outputs = [block[0] for block in references.values()]

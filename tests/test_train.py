@@ -53,12 +53,12 @@ def copy_files(folder):
 
 @pytest.fixture(scope="session")
 def first_run(tmp_path_factory):
-    """(folder, what `python train.py` prints) of a copy whose base gets half of its steps: it does not know all."""
+    """(folder, what `python train.py` prints) of a copy with fewer steps, so that it is quick."""
     folder = copy_files(tmp_path_factory.mktemp("clone"))
     source = (folder / "notebooks/toy.py").read_text(encoding="utf-8")
     assert "steps=600" in source
-    (folder / "notebooks/toy.py").write_text(source.replace("steps=600", "steps=300"), encoding="utf-8")
-    return folder, output(folder, "train.py")
+    (folder / "notebooks/toy.py").write_text(source.replace("steps=600", "steps=250"), encoding="utf-8")
+    return folder, output(folder, "train.py --steps 100")
 
 
 def figures(out):
