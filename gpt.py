@@ -433,7 +433,8 @@ def write_whole(files):
         raise OSError(f"cannot write {path} ({e}): make room, or choose another folder") from e
     finally:
         for tmp in tmps.values():
-            tmp.unlink(missing_ok=True)
+            if tmp.exists():  # to remove what is not there is an error of its own where nothing can be written
+                tmp.unlink()
 
 
 # ---- The tokenizer ----

@@ -195,6 +195,7 @@ DAMAGES = {
     "misshapen tensor": (tensor("transformer.h.0.ln_1.bias", torch.zeros(33)), ValueError, r"ln_1\.bias.*33.*32"),
     "integer tensor": (tensor("transformer.ln_f.bias", torch.zeros(32, dtype=int)), ValueError, r"ln_f\.bias.*int64"),
     "unknown tensor": (tensor("transformer.h.0.attn.lora_A", torch.zeros(1)), ValueError, r"h\.0\.attn\.lora_A"),
+    "one weight by two names": (tensor("wte.weight", torch.zeros(97, 32)), ValueError, r"look for wte\.weight"),
     "untied head": (tensor("lm_head.weight", torch.zeros(97, 32)), ValueError, r"lm_head\.weight.*wte"),
     "cut-off weights": (content("model.safetensors", lambda file: file[:-1]), ValueError, "model.safetensors.*cut off"),
     "empty weights": (content("model.safetensors", lambda file: b""), ValueError, "model.safetensors.*cut off"),

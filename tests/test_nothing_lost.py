@@ -143,6 +143,12 @@ def test_a_download_that_another_process_has_finished_is_fine(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_path_that_cannot_be_is_named_with_advice(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write .*inside.*: make room, or choose another folder"):
+        write_whole({tmp_path / "file" / "inside": "text"})
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 @pytest.mark.parametrize("steps", [8, 4], ids=["midway", "in the last step"])
 def test_a_closed_laptop_loses_nothing(folder, steps, capsys):
@@ -192,10 +198,10 @@ def test_text_that_utf8_cannot_hold_is_found_when_reading(folder, capsys):
 # ---- Wrong ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["data_hash", "base_hash", "dtype"])
+@pytest.mark.parametrize("change", ["data_hash", "base_hash", "dtype", "data"])
 def test_a_run_goes_on_only_from_what_it_was(folder, capsys, change):
     line = f"{TRAIN} --steps 8 --out out"
-    interrupt(line)
+    interrupt(f"{line} --data toy:text" if change == "data" else line)  # which has fewer settings than a file
     assert torch.load("out/state.pt", weights_only=True)["recipe"]["dtype"] == "float32"
     if change == "data_hash":
         (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text().replace("kids ok", "kids no", 1))

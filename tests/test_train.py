@@ -43,39 +43,23 @@ def output(folder, line, **options):
 # ---- The first run: nothing but the four files -------------------------------------------------------------
 
 
-def copy_files(folder):
-    """A folder with nothing but the four files and the toy world."""
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory):
+    """(folder, what `python train.py` prints) of a fresh copy of the four files; fewer steps make it quick."""
+    folder = tmp_path_factory.mktemp("clone")
     (folder / "notebooks").mkdir()
     for name in ("gpt.py", "lora.py", "train.py", "sample.py", "notebooks/toy.py"):
         shutil.copy(TOP / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def first_run(tmp_path_factory):
-    """(folder, what `python train.py` prints) of a copy with fewer steps, so that it is quick."""
-    folder = copy_files(tmp_path_factory.mktemp("clone"))
     source = (folder / "notebooks/toy.py").read_text(encoding="utf-8")
     assert "steps=600" in source
     (folder / "notebooks/toy.py").write_text(source.replace("steps=600", "steps=250"), encoding="utf-8")
     return folder, output(folder, "train.py --steps 100")
 
 
-def figures(out):
-    """[in the voice, every slot right], in %, of the base, and of the adapted model."""
-    lines = [list(map(float, re.findall(r"([\d.]+)%", line))) for line in out.splitlines()]
-    return [pair for pair in lines if len(pair) == 2]
-
-
-@pytest.mark.slow
-def test_the_first_run_of_a_new_user_teaches_the_voice(tmp_path):
-    (base_voice, base_slots), (voice, slots) = figures(output(copy_files(tmp_path), "train.py"))
-    assert base_voice <= 45 and base_slots >= 95 and voice >= 95 and slots >= 95
-
-
 def test_first_run_teaches_the_voice(first_run):
     _, out = first_run
-    (base_voice, base_slots), (voice, slots) = figures(out)
+    figures = [list(map(float, re.findall(r"([\d.]+)%", line))) for line in out.splitlines()]
+    (base_voice, base_slots), (voice, slots) = [pair for pair in figures if len(pair) == 2]
     assert base_voice <= 45 and base_slots >= 90 and voice >= 85 and slots >= 90
     assert int(re.search(r"of (\d+) restaurants it never saw", out)[1]) >= 128
     assert "LoRA adds 8,192, 0.95%" in out
@@ -266,6 +250,28 @@ def test_the_loop_saves_and_goes_on_without_the_command(tmp_path):
     args.resume = True
     assert losses(train.train(tiny_model(), examples, [], args)) == losses(whole)
     assert [line.split(",")[0] for line in (tmp_path / "log.csv").read_text().splitlines()] == ["step", *"12345678"]
+
+
+class Late:
+    """A signal that comes at the end of the first step, when it has been asked for once."""
+
+    asked = 0
+
+    def __bool__(self):
+        self.asked += 1
+        return self.asked > 1
+
+
+def test_a_signal_at_the_very_end_of_a_step_ends_the_next_one(tmp_path):
+    args = train.settings(steps=30, eval_every=30, batch_size=2, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny_model(), random_examples(16, (5, 60)), [], args, stopped=Late())
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_no_examples_are_an_error():
+    with pytest.raises(ValueError, match="no examples"):
+        train.train(tiny_model(), [], [], train.settings(steps=2))
 
 
 def test_every_epoch_shows_each_example_once_in_an_order_of_its_own(tmp_path, monkeypatch):
