@@ -189,18 +189,18 @@ def collate(examples, device):
 def train(model, examples, held_out, args, report=None, optimizer=None, stopped=()):
     """Train what requires a gradient, LoRA's A and B or everything, on examples from `load_data`.
 
-    args is what `settings` returns. With args.out, that folder gets log.csv and state.pt at every look, and once
-    stopped is not empty, which ends the run; args.resume goes on from there. An optimizer of your own takes AdamW's
-    place. Returns the log, a list of dicts of numbers; report(row) gets each when it is new.
-    Raises FloatingPointError if the loss is not finite.
+    args is what `settings` returns. Every args.eval_every steps, and at the last, there is a look at held_out. At each,
+    the folder args.out, if there is one, gets log.csv and state.pt; also once stopped is not empty, which ends the run.
+    args.resume goes on from there. An optimizer of your own takes AdamW's place. Returns the log, a list of dicts of
+    numbers; report(row) gets each when it is new. Raises FloatingPointError if the loss is not finite, or ValueError.
     """
     if not examples:
         raise ValueError("there are no examples to train on")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer or torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     device, weight_dtype = model.wte.weight.device, model.wte.weight.dtype
     dtype = getattr(torch, args.dtype) if args.dtype else weight_dtype
-    peaks = [group["lr"] for group in optimizer.param_groups]
     # LoRA's frozen weights are held in dtype. Where all weights are trained they are float32, cast for each product.
     autocast = torch.autocast(device.type, dtype, enabled=dtype != weight_dtype)
     # In float16, small gradients would vanish: they are scaled up.
@@ -261,7 +261,7 @@ def train(model, examples, held_out, args, report=None, optimizer=None, stopped=
             loss_sum, tokens, last_row = 0.0, 0, time.time()
             if report:
                 report(row)
-        stop = bool(stopped)
+        stop = bool(stopped)  # asked once: a signal that comes after this ends the next step
         if args.out and (look or stop):
             state = dict(recipe=recipe, step=done, log=log, loss_sum=loss_sum, params=params)
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
