@@ -105,7 +105,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(torch.empty(T, C), freeze=False)  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        if self.wte.weight.is_meta:  # shapes without values; to draw none would take torch two seconds
+        if self.wte.weight.is_meta:  # shapes without values: there is nothing to draw
             return
         for name, p in self.named_parameters():  # initialised as GPT-2 was
             if p.ndim == 2:  # c_proj adds to the residual stream, 2 n_layer times: scaled down to keep its size
@@ -345,7 +345,7 @@ def read_config(name_or_dir):
 
 
 def read_weights(file, config, dtype=torch.float32, device="meta"):
-    """{our name: weight} of a safetensors file. On the meta device nothing is read: names and shapes are checked.
+    """{our name: weight} of a safetensors file. On the meta device no values are kept: names and shapes are checked.
 
     Raises OSError, or ValueError if the file is damaged or is not that of a GPT-2 with this config.
     """
