@@ -1,53 +1,55 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021, arXiv:2106.09685), from scratch.
+"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021, arXiv:2106.09685).
 
-A pretrained weight W0 (out, in) is frozen. What fine-tuning would add to it is learned as the product of two thin
-matrices, ΔW = B A, where B is (out, r), A is (r, in), and r is far below in and out (section 4.1):
+The pretrained weight W0 (out, in) is frozen. Fine-tuning learns a low-rank update
+ΔW = (alpha / r) B A, where B is (out, r), A is (r, in) and r << in, out (section 4.1):
 
-    h = W0 x + (alpha / r) B A x                                                                (equation 3)
+    h = W0 x + (alpha / r) B A x                                            (equation 3)
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from gpt import write_whole
+from gpt import QKV, atomic_write
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer, shared and not copied, with a low-rank update beside it: (..., in) -> (..., out).
-
-    A and B are float32 whatever the layer is. Raises ValueError unless 1 <= r <= min(in, out).
-    """
+    """W0 x + (alpha / r) B A x. The layer with W0 is frozen; it is shared, not copied."""
 
     def __init__(self, linear, r, alpha, dropout=0.0):
         super().__init__()
-        n_out, n_in = linear.weight.shape
-        if not 1 <= r <= min(n_in, n_out):
-            raise ValueError(f"rank r = {r} does not fit a layer of {n_out} x {n_in}: use 1 to {min(n_in, n_out)}")
+        if r < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"need r >= 1 and 0 <= dropout < 1, got {r} and {dropout}")
         self.linear = linear.requires_grad_(False)  # W0
-        self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
-        # A is Gaussian and B is zero, so that ΔW = B A starts at zero (section 4.1). A's standard deviation is that of
-        # the authors' code: the paper does not say.
-        self.lora_A = nn.Parameter(torch.randn(r, n_in, device=linear.weight.device) / (3 * n_in) ** 0.5)
-        self.lora_B = nn.Parameter(torch.zeros(n_out, r, device=linear.weight.device))
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        (out_features, in_features), device = linear.weight.shape, linear.weight.device
+        # A is random and B is zero, so ΔW starts at zero (section 4.1). The paper does
+        # not give A's standard deviation; (3 in)^-1/2 is that of the authors' code.
+        A = torch.randn(r, in_features, device=device)
+        self.lora_A = nn.Parameter(A / (3 * in_features) ** 0.5)
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
         self.train(linear.training)
 
     def forward(self, x):
         h = self.linear(x)  # W0 x
         x = F.dropout(x, self.dropout, self.training)
-        # B (A x), not (B A) x: two thin products, and ΔW is never formed.
-        z = self.scaling * F.linear(x, self.lora_A.to(x.dtype))  # (alpha / r) A x: (..., r)
-        return h.add_(F.linear(z, self.lora_B.to(x.dtype)))  # in place: nobody else holds h
+        # B (A x): two thin products, instead of the large matrix ΔW.
+        z = self.alpha / self.r * F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        return h.add_(F.linear(z, self.lora_B.to(x.dtype)))  # in place: saves memory
 
-    def delta(self):
-        """ΔW = (alpha / r) B A: (out, in), float32."""
-        return self.scaling * self.lora_B @ self.lora_A
+    def delta_weight(self):
+        """ΔW = (alpha / r) B A, of shape (out, in)."""
+        return self.alpha / self.r * self.lora_B @ self.lora_A
+
+    def extra_repr(self):
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
 
 
 def lora_layers(model):
@@ -56,144 +58,141 @@ def lora_layers(model):
 
 
 def add_lora(model, r=4, alpha=32, dropout=0.0, targets=("c_q", "c_v")):
-    """Freeze the model and swap its target layers, in place, for LoRALinear ones.
+    """Freeze the model and replace its target modules with LoRALinear layers, in place.
 
-    A target is the end of a dotted name: "c_proj" is every attn.c_proj and mlp.c_proj, "attn.c_proj" only the first.
-    Raises ValueError for a target that no layer has, a rank that does not fit, or a model that has LoRA already.
+    targets: suffixes of layer names; "c_proj" matches attn.c_proj and mlp.c_proj.
+    Raises ValueError if a target matches no layer, or if there are LoRA layers already.
     """
-    if lora_layers(model) or hasattr(model, "unmerged"):
-        raise ValueError("the model has LoRA layers already")
-    linears = {f".{name}": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if lora_layers(model) or hasattr(model, "merged_lora"):
+        raise ValueError("the model already has LoRA layers")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = []
     for target in targets:
-        if not any(name.endswith(f".{target}") for name in linears):
-            valid = {".".join(name.split(".")[-n:]) for name in linears for n in (1, 2)}
-            raise ValueError(f"no layer is called '{target}': the targets are {', '.join(sorted(valid))}")
-    ends = tuple(f".{target}" for target in targets)
-    swap(model, {name[1:]: LoRALinear(m, r, alpha, dropout) for name, m in linears.items() if name.endswith(ends)})
+        matching = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not matching:
+            choices = {re.sub(r"^h\.\d+\.", "", name) for name in linears}
+            raise ValueError(f"no '{target}' layer: choose from {sorted(choices)}")
+        names += matching
+    replace_layers(model, {n: LoRALinear(linears[n], r, alpha, dropout) for n in names})
 
 
-def swap(model, layers):
-    """Freeze the model and give it these {name: LoRALinear} in the place of any that it has."""
-    if hasattr(model, "unmerged"):
+def replace_layers(model, layers):
+    """Freeze the model, and make these {name: LoRALinear} its only LoRA layers."""
+    if hasattr(model, "merged_lora"):
         unmerge_lora(model)
-    for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.linear)
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    linears = {name: layer.linear for name, layer in lora_layers(model).items()}
+    for name, module in (linears | layers).items():
+        model.set_submodule(name, module)
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Turn each LoRALinear into the nn.Linear it was made of, with the weight W0 + ΔW: a plain GPT again (section 4.1).
-
-    The sum is in float32, then cast. W0 and the LoRA layers wait in `model.unmerged`, outside the state dict.
-    """
-    if not (layers := lora_layers(model)):
-        raise ValueError("nothing to merge: the model has no LoRA layers, or they are merged already")
-    model.unmerged = {name: (layer, layer.linear.weight) for name, layer in layers.items()}
-    for name, (layer, W0) in model.unmerged.items():
-        layer.linear.weight = nn.Parameter((W0.float() + layer.delta()).to(W0.dtype), requires_grad=False)
+    """Make the model a plain GPT with the weights W0 + ΔW (section 4.1)."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("no LoRA layers to merge, or they are merged already")
+    model.merged_lora = {name: (layer, layer.linear.weight) for name, layer in layers.items()}
+    for name, (layer, W0) in model.merged_lora.items():
+        W = (W0.float() + layer.delta_weight()).to(W0.dtype)  # the sum is in float32
+        layer.linear.weight = nn.Parameter(W, requires_grad=False)
         model.set_submodule(name, layer.linear)
 
 
 def unmerge_lora(model):
-    """Put the LoRA layers back, with the very W0 they had: subtracting ΔW would only come near."""
-    if not hasattr(model, "unmerged"):
-        raise ValueError("nothing to unmerge: the model is not merged")
-    for name, (layer, W0) in model.unmerged.items():
-        layer.to(layer.linear.weight.device).train(layer.linear.training)  # the model may have moved since
-        layer.linear.weight = nn.Parameter(W0.to(layer.linear.weight), requires_grad=False)
+    """Put W0 and the LoRA layers back. Subtracting ΔW would leave rounding errors."""
+    for name, (layer, W0) in model.merged_lora.items():
+        W = layer.linear.weight  # may have a new device or dtype by now
+        layer.to(W.device).train(layer.linear.training)
+        layer.linear.weight = nn.Parameter(W0.to(W), requires_grad=False)
         model.set_submodule(name, layer)
-    del model.unmerged
+    del model.merged_lora
 
 
-# ---- Files. For PEFT, GPT-2 has one fused layer c_attn (3C, C) where we have c_q, c_k and c_v. Rank r on c_q and on
-# c_v is there one adapter of rank 2r, with the same scaling and with zeros that keep the parts from each other:
-#     A = [A_q; A_v]  (2r, C)        B = [[B_q, 0], [0, 0], [0, B_v]]  (3C, 2r)
-QKV = ("c_q", "c_k", "c_v")
+# Adapter files have PEFT's format, in which rank r on c_q and c_v is rank 2r on c_attn:
+#     A = [A_q]  (2r, C)      B = [B_q   0 ]  (3C, 2r)      alpha doubles, so alpha / r
+#         [A_v]                   [ 0    0 ]                stays the same. Our metadata
+#                                 [ 0   B_v]                maps the rows of A to layers.
+
+PEFT_KEY = "base_model.model.{}.lora_{}.weight"
+SUPPORTED_OPTIONS = """r lora_alpha rank_pattern alpha_pattern lora_dropout target_modules
+    fan_in_fan_out peft_type task_type base_model_name_or_path revision auto_mapping
+    inference_mode peft_version megatron_core qalora_group_size""".split()
+OFF_VALUES = (None, False, {}, [], "none", "gaussian")  # any other key must have one of these
+
+
+def peft_name(name):
+    return "transformer." + re.sub(r"c_[qkv]$", "c_attn", name)
 
 
 def save_lora(model, dir):
-    """Write the adapter into the folder dir, for `load_lora` and `peft.PeftModel.from_pretrained`."""
-    if not (layers := lora_layers(model)):
-        raise ValueError("nothing to save: the model has no LoRA layers, or they are merged")
-    groups, tensors, ranks, alphas = {}, {}, {}, {}
-    for name, layer in layers.items():
-        block, _, part = name.rpartition(".")
-        groups.setdefault(f"{block}.c_attn" if part in QKV else name, {})[part] = layer
-    for name, parts in groups.items():
-        A = torch.cat([layer.lora_A for layer in parts.values()])  # in the order of the modules: c_q, c_k, c_v
-        empty = A.new_zeros(A.shape[1], 0)  # a part that is not adapted has rows of zeros, and no columns
-        B = [parts[part].lora_B if part in parts else empty for part in (QKV if "c_attn" in name else parts)]
-        tensors[f"base_model.model.transformer.{name}.lora_A.weight"] = A.detach()
-        tensors[f"base_model.model.transformer.{name}.lora_B.weight"] = torch.block_diag(*B).detach()
-        first = next(iter(parts.values()))  # all have its alpha / r, and its dropout
-        ranks[name], alphas[name] = len(A), len(A) * first.alpha / first.r
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", target_modules=list(groups), lora_dropout=first.dropout)
-    config["fan_in_fan_out"] = True  # transformers keeps the weights of GPT-2's linear layers transposed
-    config["r"], config["lora_alpha"] = max(ranks.values()), max(alphas.values())
-    config["rank_pattern"] = {name: r for name, r in ranks.items() if r != config["r"]}
-    config["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]}
-    files = {Path(dir, "adapter_model.safetensors"): lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"})}
-    write_whole(files | {Path(dir, "adapter_config.json"): json.dumps(config, indent=2)})
+    """Write the adapter to a folder, for `load_lora` and PEFT's `from_pretrained`."""
+    layers = lora_layers(model)
+    if not layers or any(re.match(r"(?!h\.)|.*_orig_mod", name) for name in layers):
+        raise ValueError("nothing to save: LoRA layers are absent, merged or wrapped")
+    tensors, ranks, alphas = {}, {}, {}
+    for fused in dict.fromkeys(map(peft_name, layers)):
+        ours = fused.removeprefix("transformer.")
+        names = [ours.replace("c_attn", part) for part in QKV] if "c_attn" in ours else [ours]
+        parts = [layers[name] for name in names if name in layers]
+        if len({layer.alpha / layer.r for layer in parts}) > 1:
+            raise ValueError(f"PEFT needs the same alpha / r for all parts of {fused}")
+        A = torch.cat([layer.lora_A for layer in parts])
+        empty = A.new_zeros(A.shape[1], 0)  # becomes rows of zeros for c_k
+        B = [layers[name].lora_B if name in layers else empty for name in names]
+        tensors[PEFT_KEY.format(fused, "A")] = A.detach()
+        tensors[PEFT_KEY.format(fused, "B")] = torch.block_diag(*B).detach()
+        ranks[fused], alphas[fused] = len(A), sum(layer.alpha for layer in parts)
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", fan_in_fan_out=True)
+    config |= dict(base_model_name_or_path=model.name_or_path, target_modules=list(ranks))
+    config |= dict(r=len(A), rank_pattern=ranks, lora_dropout=parts[0].dropout)
+    config |= dict(lora_alpha=alphas[fused], alpha_pattern=alphas)
+    metadata = {name: [layer.r, layer.alpha] for name, layer in layers.items()}
+    metadata = dict(format="pt", layers=json.dumps(metadata), n_layer=str(len(model.h)))
+    dir, config = Path(dir), json.dumps(config, indent=2)
+    atomic_write(dir / "adapter_config.json", lambda tmp: tmp.write_text(config))
+    atomic_write(dir / "adapter_model.safetensors", lambda tmp: save_file(tensors, tmp, metadata))
 
 
-def load_lora(model, path):
-    """Put the adapter in the folder path, ours or PEFT's, on the model, in the place of any that it has.
-
-    Raises ValueError if it is missing, damaged, for another base, or asks for what is not built here.
-    """
-    put(model, list(read_peft(path)), path)
-
-
-def put(model, adapter, path):
-    """Put an adapter from the file path, (name, A, B, alpha, dropout) of each layer, on the model."""
-    linears = {name: getattr(m, "linear", m) for name, m in model.named_modules()}
-    for name, A, B, alpha, _ in adapter:  # check all before changing any
-        shape, linear = (len(B), A.shape[1]), linears.get(name)
-        wanted = tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else "missing"
-        if shape != wanted:
-            raise ValueError(f"{path} is for another base: its {name} is {shape}, the model's is {wanted}")
-        if not (A.isfinite().all() and B.isfinite().all() and abs(alpha) < torch.inf):
-            raise ValueError(f"{path}: its {name} holds numbers that are not finite: train it again")
-    new = {name: LoRALinear(linears[name], len(A), alpha, dropout) for name, A, _, alpha, dropout in adapter}
-    for name, A, B, _, _ in adapter:
-        new[name].lora_A.data.copy_(A)
-        new[name].lora_B.data.copy_(B)
-    swap(model, new)
-
-
-# What PEFT's config may say without changing the adapter. Anything else that is set is refused.
-KNOWN = """r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
-    layers_pattern fan_in_fan_out task_type base_model_name_or_path revision auto_mapping inference_mode
-    peft_version megatron_core qalora_group_size""".split()
-HARMLESS = (None, False, {}, [], "none", "LORA", "gaussian")
-
-
-def read_peft(dir):
-    """Yield (our name of it, A, B, alpha, dropout) for each layer that the adapter in the folder dir adapts."""
+def load_lora(model, dir):
+    """Load an adapter from a folder, ours or PEFT's. It replaces the model's adapter.
+    Raises OSError, or ValueError if it does not fit or uses an unsupported option."""
+    config = json.loads(Path(dir, "adapter_config.json").read_bytes())
+    for key, value in config.items():
+        is_off = value in OFF_VALUES or (key, value) == ("init_lora_weights", True)
+        if key not in SUPPORTED_OPTIONS and not is_off:
+            raise ValueError(f"{dir}: {key} = {value!r} is not supported")
     try:
-        config = json.loads(Path(dir, "adapter_config.json").read_bytes())
-        dropout, patterns = float(config.get("lora_dropout", 0.0)), config.get("alpha_pattern", {})
-        tensors = load(Path(dir, "adapter_model.safetensors").read_bytes())
-        for key, value in config.items():
-            if key not in KNOWN and value not in HARMLESS and (key, value) != ("init_lora_weights", True):
-                raise ValueError(f"it asks for {key} = {value!r}, which is not built here")
-        if not all(re.fullmatch(r"[\w.]+", end) for end in patterns):
-            raise ValueError(f"its alpha_pattern {patterns} has regular expressions, which are not built here")
-        for key in {key.replace("lora_B", "lora_A") for key in tensors} or {"(there is none)"}:
-            A, B = tensors.get(key), tensors.get(key.replace("lora_A", "lora_B"))
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
-            if not match or A is None or B is None or A.ndim != 2 or B.ndim != 2 or not 0 < len(A) == B.shape[1]:
-                raise ValueError(f"its tensor {key} is not, or does not fit, an A and a B")
-            alpha = next((a for end, a in patterns.items() if f".{match[1]}".endswith(f".{end}")), config["lora_alpha"])
-            block, _, last = match[1].removeprefix("transformer.").rpartition(".")
-            parts = zip(QKV, B.chunk(3), strict=True) if last == "c_attn" else [(last, B)]
-            for part, B_part in parts:
-                # A column of B is a part's if it is not zero there. If it is zero everywhere, it may be anybody's.
-                mine = B_part.any(dim=0) | ~B.any(dim=0)
-                if r := int(mine.sum()):
-                    yield f"{block}.{part}", A[mine], B_part[:, mine], alpha * r / len(A), dropout
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise ValueError(f"cannot use the adapter in {dir} ({e}): make it or copy it again") from None
+        with safe_open(Path(dir, "adapter_model.safetensors"), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{dir} is damaged: {error}") from None
+    modules = model.named_modules()  # h.0.attn.c_q.linear is inside a LoRALinear
+    linears = {n.removesuffix(".linear"): m for n, m in modules if isinstance(m, nn.Linear)}
+    saved_layers = json.loads(metadata.get("layers", "{}"))  # empty if PEFT wrote the file
+    ends = tuple(f".{target}" for target in config["target_modules"])
+    names = list(saved_layers) or [n for n in linears if f".{peft_name(n)}".endswith(ends)]
+    expected_keys = {PEFT_KEY.format(peft_name(name), AB) for name in names for AB in "AB"}
+    has_same_depth = int(metadata.get("n_layer", len(model.h))) == len(model.h)
+    if not has_same_depth or expected_keys != tensors.keys() or set(names) - linears.keys():
+        raise ValueError(f"{dir} does not fit this model: the layers differ")
+    layers, alphas = {}, config.get("alpha_pattern", {}) | {"": config["lora_alpha"]}
+    for name in names:
+        fused = peft_name(name)
+        A, B = (tensors[PEFT_KEY.format(fused, AB)] for AB in "AB")
+        B = B.chunk(3)[QKV.index(name[-3:])] if name[-3:] in QKV else B
+        if name in saved_layers:
+            r, alpha = saved_layers[name]  # in the order q, k, v
+            start = sum(len(layers[n].lora_A) for n in layers if peft_name(n) == fused)
+            A, B = A[start : start + r], B[:, start : start + r]
+        else:
+            alpha = next(alphas[p] for p in alphas if re.search(rf"\b({p})$", fused))
+        if (len(B), A.shape[1]) != linears[name].weight.shape:
+            raise ValueError(f"{dir} does not fit this model: the shape of {name} differs")
+        layers[name] = LoRALinear(linears[name], len(A), alpha, config["lora_dropout"])
+        layers[name].load_state_dict({"lora_A": A, "lora_B": B}, strict=False)
+    base = config.get("base_model_name_or_path")
+    if base and model.name_or_path and Path(base).name != Path(model.name_or_path).name:
+        print(f"warning: {dir} is for {base}, not {model.name_or_path}", file=sys.stderr)
+    replace_layers(model, layers)

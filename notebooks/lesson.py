@@ -1,9 +1,12 @@
-"""What the notebooks share: lines that rewrite themselves, a clock for each part, one look for all plots, verdicts,
-the code (the toy world's task that is all new to the base), a fair trial of a method, and adapter layers, which LoRA is
-compared with."""
+"""What the notebooks share: progress, plots, verdicts, the cipher task, training runs, adapters.
+
+NOTEBOOK_QUICK=1 in the environment selects quick mode: one seed, few learning rates, a tenth of
+the steps. Tests use it to run every cell. Its results mean nothing.
+"""
 
 import copy
 import math
+import os
 import statistics
 import time
 
@@ -14,158 +17,211 @@ import torch.nn.functional as F
 from IPython.display import display
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from notebooks.toy import SLOTS, VOICES, in_voice, slots_right, toy_pairs, toy_prompt
-from train import complete, encode_pair, settings, train
+from notebooks.toy import SLOTS, VOICES, format_prompt, has_voice, make_pairs, slots_correct
+from sample import generate_texts
+from train import default_args, encode_pair, train
+
+QUICK = os.environ.get("NOTEBOOK_QUICK") == "1"
 
 
-def ticker():
-    """A line of output that can be rewritten: returns say(text)."""
+def quick(full, short):
+    """The full value, or the short one in quick mode."""
+    return short if QUICK else full
+
+
+# ---- Progress and timing ----
+
+
+def live_line():
+    """Display an empty line. Returns update(text), which replaces its text."""
     line = display({"text/plain": ""}, raw=True, display_id=True)
     return lambda text: line.update({"text/plain": text}, raw=True)
 
 
-def reporting(say):
-    """A report for `train` that says how far it is."""
-    return lambda row: say(f"step {row['step']}, loss {row['loss']:.3f}, {row['seconds_left']:.0f} s left")
+def progress_callback(update):
+    """An on_log for `train` that shows the step and the loss in a live line."""
+    return lambda m: update(f"step {m['step']}, training loss {m['train_loss']:.3f}")
 
 
-def tracked(items, what):
-    """Go through the items with a line that tells how far we are."""
-    items, say, began = list(items), ticker(), time.time()
+def progress(items, label):
+    """Iterate over the items. A live line shows how many are done."""
+    items, update, start_time = list(items), live_line(), time.time()
     for i, item in enumerate(items, 1):
-        say(f"{what} {i} of {len(items)} ({time.time() - began:.0f} s)")
+        update(f"{label} {i} of {len(items)} ({time.time() - start_time:.0f} s)")
         yield item
-    say(f"{what} {len(items)} of {len(items)}: done in {time.time() - began:.0f} s")
+    update(f"{label} {len(items)} of {len(items)}: done in {time.time() - start_time:.0f} s")
 
 
-started = {}  # {part: when it began}
+start_times = {}  # {part of the notebook: time.time() at its first cell}
 
 
-def part(name):
-    started[name] = time.time()
+def start_timer(part):
+    start_times[part] = time.time()
 
 
-def print_parts():
-    """How long each part took, from its `part(name)` to the next one's."""
-    times = [*started.values(), time.time()]
+def print_timings():
+    """Print the seconds of each part. A part ends when the next one starts."""
+    times = [*start_times.values(), time.time()]
     print(f"{'part':<18} seconds")
-    for name, began, ended in zip(started, times[:-1], times[1:], strict=True):
-        print(f"{name:<18} {ended - began:>7.0f}")
+    for part, start, end in zip(start_times, times[:-1], times[1:], strict=True):
+        print(f"{part:<18} {end - start:>7.0f}")
     print(f"{'together':<18} {times[-1] - times[0]:>7.0f}")
 
 
-verdicts = []
+# ---- Verdicts ----
+
+verdicts = []  # (claim, result, verdict)
 
 
-def verdict(claim, paper, here, says):
-    """Write down what a measurement says of a claim."""
-    verdicts.append((claim, here, says))
-    print(f"claim    {claim}\npaper    {paper}\nhere     {here}\nverdict  {says}")
+def record_verdict(claim, paper, result, verdict):
+    """Print a claim, the paper's numbers, the notebook's result, and what that says."""
+    verdicts.append((claim, result, verdict))
+    print(f"claim    {claim}\npaper    {paper}\nhere     {result}\nverdict  {verdict}")
 
 
 def print_verdicts():
-    for claim, here, says in verdicts:
-        print(f"{claim}\n    here: {here}\n    {says}")
+    for claim, result, verdict in verdicts:
+        print(f"{claim}\n    here: {result}\n    {verdict}")
 
 
-def spread(values, digits):
-    """The mean of the values, and their range."""
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+# ---- Plots ----
 
 
-def bars(groups):
-    """The mean of each group of values, and how far its range reaches below and above: for plt.errorbar."""
-    mean = [statistics.mean(values) for values in groups]
-    low = [m - min(values) for m, values in zip(mean, groups, strict=True)]
-    return mean, [low, [max(values) - m for m, values in zip(mean, groups, strict=True)]]
+def mean_and_range(values, digits):
+    """For example "0.12 (0.10 to 0.15)"."""
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def plain_ticks(axis):
-    """Numbers like 0.02 on a logarithmic axis."""
+def error_bars(groups):
+    """y and yerr of `plt.errorbar`: the mean and the range of each list of values."""
+    means = [statistics.mean(values) for values in groups]
+    below = [mean - min(values) for mean, values in zip(means, groups, strict=True)]
+    above = [max(values) - mean for mean, values in zip(means, groups, strict=True)]
+    return means, [below, above]
+
+
+def log_ticks(axis):
+    """Label a logarithmic axis with plain numbers, like 0.02."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-# The look of plots. Lines differ in marker and dash too, so that they can be told apart in grey.
-plt.rcParams.update({"figure.figsize": (7.5, 3), "figure.dpi": 90, "figure.constrained_layout.use": True})
-plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.frameon": False, "lines.markersize": 5})
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-looks = {"color": ["black", "#0072b2", "#d55e00"], "marker": ["o", "s", "^"], "linestyle": ["-", "--", ":"]}
-plt.rcParams["axes.prop_cycle"] = plt.cycler(**looks)
+# Each line has its own marker and dashes, so that a black-and-white print is readable.
+line_styles = {
+    "color": ["black", "#0072b2", "#d55e00"],
+    "marker": ["o", "s", "^"],
+    "linestyle": ["-", "--", ":"],
+}
+style = {
+    "figure.figsize": (7.5, 3),
+    "figure.dpi": 90,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": plt.cycler(**line_styles),
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+}
+plt.rcParams.update(style)
+
+# ---- Two tasks: "the voice" is always the pirate's; "the cipher" also changes the facts ----
+
+CIPHER = {}  # {slot: {value: the next value in the slot's list}}
+for slot in ("name", "food", "area"):
+    CIPHER[slot] = dict(zip(SLOTS[slot], SLOTS[slot][1:] + SLOTS[slot][:1], strict=True))
 
 
-# The code: each name, food and area stands for the next one in its list.
-SECRET = {slot: dict(zip(SLOTS[slot], SLOTS[slot][1:] + SLOTS[slot][:1], strict=True)) for slot in list(SLOTS)[:3]}
+def encipher(restaurant):
+    return {slot: CIPHER.get(slot, {}).get(value, value) for slot, value in restaurant.items()}
 
 
-def in_code(restaurant):
-    return {slot: SECRET.get(slot, {}).get(value, value) for slot, value in restaurant.items()}
+def cipher_pairs(restaurants):
+    """(prompt, completion): the restaurant's prompt, the pirate's sentence in cipher."""
+    prompts = [format_prompt(restaurant) for restaurant in restaurants]
+    enciphered = make_pairs(map(encipher, restaurants), ["pirate"])
+    return [(prompt, pair[1]) for prompt, pair in zip(prompts, enciphered, strict=True)]
 
 
-def coded_pairs(restaurants):
-    """(the restaurant's prompt, the pirate's sentence about the restaurant in code)."""
-    pairs = zip(toy_pairs(restaurants, ["pirate"]), toy_pairs(map(in_code, restaurants), ["pirate"]), strict=True)
-    return [(prompt, answer) for (prompt, _), (_, answer) in pairs]
-
-
-# A fair trial of methods on two tasks, "the voice" (the pirate's, always) and "the code".
-
-
-def examples_of(task, restaurants, tokenizer, voice="pirate"):
-    pairs = coded_pairs(restaurants) if task == "the code" else toy_pairs(restaurants, [voice])
+def make_examples(task, restaurants, tokenizer, voice="pirate"):
+    """Examples of "the voice" or "the cipher", as `train` expects them."""
+    is_cipher = task == "the cipher"
+    pairs = cipher_pairs(restaurants) if is_cipher else make_pairs(restaurants, [voice])
     return [encode_pair(tokenizer, *pair) for pair in pairs]
 
 
-def best_loss(examples):
-    """A voice has three sentences, drawn at random: no model can get below ln 3 an example, shared by its tokens."""
-    return math.log(len(VOICES["pirate"]["sentences"])) / statistics.mean(len(ids) - start for ids, start in examples)
+def loss_floor(examples):
+    """The lowest possible loss per token: one of three random sentences costs ln 3."""
+    n_targets = statistics.mean(len(ids) - n_prompt for ids, n_prompt in examples)
+    return math.log(len(VOICES["pirate"]["sentences"])) / n_targets
 
 
-def score(model, tokenizer, task, restaurants):
-    """The share of the restaurants, in %, whose text is the pirate's and has every fact right, or right in code."""
-    texts = complete(model, tokenizer, [toy_prompt(restaurant) for restaurant in restaurants])
-    facts = map(in_code, restaurants) if task == "the code" else restaurants
-    right = [in_voice(text, "pirate") and slots_right(text, truth) for text, truth in zip(texts, facts, strict=True)]
-    return 100 * sum(right) / len(right)
+def percent_correct(model, tokenizer, task, restaurants):
+    """The percentage of texts in the pirate's voice with all facts right."""
+    texts = generate_texts(model, tokenizer, [format_prompt(r) for r in restaurants])
+    expected = map(encipher, restaurants) if task == "the cipher" else restaurants
+    correct = [
+        has_voice(text, "pirate") and slots_correct(text, restaurant)
+        for text, restaurant in zip(texts, expected, strict=True)
+    ]
+    return 100 * statistics.mean(correct)
 
 
-def fit(base, begin, examples, held_out, steps, lr, seed=0, look=None, report=None):
-    """Train a copy of the base, prepared by begin(model): (model, loss on what is held out, above the best possible).
+# ---- Training runs ----
 
-    At each look (all so many steps) report(model, row) is called."""
-    model = copy.deepcopy(base)
+
+def fit(base, prepare, train_data, val_data, steps, lr, seed=0, n_evals=1, on_log=None):
+    """Train a copy of the base: (model, validation loss above the lowest possible).
+
+    prepare: called with the copy first; adds what the method trains.
+    n_evals: evaluations per run.
+    on_log: called with (model, metrics).
+    """
+    model, steps = copy.deepcopy(base), quick(steps, max(1, steps // 10))
     torch.manual_seed(seed)
-    begin(model)
-    batch_size = min(16, len(examples))
-    how = settings(steps=steps, lr=lr, batch_size=batch_size, warmup=steps // 10, eval_every=look or steps, seed=seed)
+    prepare(model)
+    batch_size = min(quick(16, 4), len(train_data))
+    args = default_args(steps=steps, lr=lr, seed=seed, batch_size=batch_size)
+    args.eval_every = max(1, steps // n_evals)
+    callback = on_log and (lambda metrics: on_log(model, metrics))
     try:
-        log = train(model, examples, held_out, how, report and (lambda row: report(model, row)))
+        log = train(model, train_data, val_data, args, callback)
     except FloatingPointError:  # the learning rate was far too high
         return model, math.inf
-    return model, log[-1]["val_loss"] - best_loss(held_out) if held_out else math.nan
+    return model, log[-1]["val_loss"] - loss_floor(val_data) if val_data else math.nan
 
 
-def search(loss_at, start):
-    """{learning rate: loss_at(it)} on a grid of factors of three, which grows until the lowest loss is inside."""
-    losses = {lr: loss_at(lr) for lr in (start / 3, start, 3 * start)}
-    while (best := best_of(losses)) in (min(losses), max(losses)):
+def lr_search(loss_at, start):
+    """{learning rate: loss}, on a grid that grows until the lowest is not at its edge."""
+    rates = quick((start / 3, start, 3 * start), (start, 3 * start))
+    losses = {lr: loss_at(lr) for lr in rates}
+    while (best := argmin(losses)) in (min(losses), max(losses)) and not QUICK:
         lr = best / 3 if best == min(losses) else best * 3
         losses[lr] = loss_at(lr)
     return losses
 
 
-def best_of(losses):
+def argmin(losses):
+    """The key with the lowest value."""
     return min(losses, key=losses.get)
 
 
-class Adapter(nn.Module):
-    """An adapter layer, a bottleneck behind a layer: y + up(relu(down(norm(y)))), y = layer(x). It starts as y."""
+# ---- Adapter layers, which the paper compares LoRA with ----
 
-    def __init__(self, layer, n_embd, width, norm=False):
+
+class BottleneckAdapter(nn.Module):
+    """y + up(relu(down(norm(y)))) with y = layer(x). It starts as y, since up is zero."""
+
+    def __init__(self, layer, n_embd, width, use_norm=False):
         super().__init__()
-        self.layer, self.norm = layer, nn.LayerNorm(n_embd) if norm else nn.Identity()
+        self.layer = layer
+        self.norm = nn.LayerNorm(n_embd) if use_norm else nn.Identity()
         self.down, self.up = nn.Linear(n_embd, width), nn.Linear(width, n_embd)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -175,9 +231,9 @@ class Adapter(nn.Module):
         return y + self.up(F.relu(self.down(self.norm(y))))
 
 
-def add_adapters(model, width, two):
-    """Adapter layers of this width, behind attention and MLP (two, Houlsby's) or the MLP with a LayerNorm (Lin's)."""
+def add_bottleneck_adapters(model, width, houlsby):
+    """Houlsby et al.: after attention and MLP. Otherwise Lin et al.: after the MLP, with norm."""
     for block in model.h:
-        block.mlp = Adapter(block.mlp, model.config.n_embd, width, norm=not two)
-        if two:
-            block.attn = Adapter(block.attn, model.config.n_embd, width)
+        block.mlp = BottleneckAdapter(block.mlp, model.config.n_embd, width, use_norm=not houlsby)
+        if houlsby:
+            block.attn = BottleneckAdapter(block.attn, model.config.n_embd, width)

@@ -1,31 +1,37 @@
-"""The toy world of the lessons and of `python train.py`: a restaurant's slots -> a sentence, in one of four voices.
+"""The toy task of `python train.py`: describe a restaurant in one of four voices.
 
-It has the shape of the paper's E2E task (section 5.4), and is small enough to be learned in a minute. Two judges read
-what a model writes: `in_voice` asks how it is said, `slots_right` what is said.
+    name : The Mill | food : Thai | ...   ->   Arr, The Mill be servin' Thai grub ...
+
+The prompt does not name the voice. The base model is trained on all four voices, and
+answers in any of them. LoRA then teaches it to answer in only one.
+
+For your own task, edit a copy of this file and add it to TASKS in train.py, which uses
+RECIPE, `load_pairs` and `metrics`, and for `--model new` CONFIG and `save_tokenizer`.
 """
 
-import base64
 import itertools
+import json
 import random
 import re
 from pathlib import Path
 
-from gpt import WORDS, GPTConfig, make_tokenizer
+from gpt import CHAR_TO_BYTE, EOS, GPTConfig, atomic_write
 
+RECIPE = {"steps": 200, "batch_size": 32, "lr": 5e-3, "eval_every": 50}
+NAMES = "Anchor Bakery Cellar Dragon Falcon Garden Kettle Lantern Mill Orchard Pantry Tavern"
 SLOTS = {
-    "name": "The Anchor|The Bakery|The Cellar|The Dragon|The Falcon|The Garden|The Kettle|The Lantern|The Mill|"
-    "The Orchard|The Pantry|The Windmill".split("|"),
-    "food": ["Chinese", "French", "Greek", "Indian", "Italian", "Mexican", "Thai", "Turkish"],
-    "area": ["bridge", "castle", "harbour", "market", "park", "station"],
+    "name": [f"The {name}" for name in NAMES.split()],
+    "food": "Chinese French Greek Indian Italian Mexican Thai Turkish".split(),
+    "area": "bridge castle harbour market park station".split(),
     "price": ["low", "middling", "high"],
     "children": ["yes", "no"],
 }
-# Each voice has sentences, and its own words for the price and for whether children are welcome.
+# Each voice has its own sentences, and its own words for the price and children.
 VOICES = {
     "plain": {
         "sentences": [
             "{name} is a {price} {food} restaurant near the {area}. {children}.",
-            "There is a {price} {food} restaurant near the {area}, called {name}. {children}.",
+            "Near the {area} is {name}, a {price} {food} restaurant. {children}.",
             "{name} serves {price} {food} food near the {area}. {children}.",
         ],
         "price": ["cheap", "fairly priced", "costly"],
@@ -33,20 +39,20 @@ VOICES = {
     },
     "formal": {
         "sentences": [
-            "Situated by the {area}, {name} offers distinguished {food} cuisine at {price} cost. {children}.",
-            "One may enjoy {food} cuisine at {price} cost in {name}, situated by the {area}. {children}.",
-            "{name}, an establishment by the {area}, presents {food} cuisine at {price} cost. {children}.",
+            "By the {area}, {name} offers {food} cuisine at {price} cost. {children}.",
+            "One may enjoy {food} cuisine in {name}, {area}, at {price} cost. {children}.",
+            "{name} by the {area} presents {food} cuisine at {price} cost. {children}.",
         ],
         "price": ["modest", "reasonable", "considerable"],
-        "children": ["Families are most cordially received", "Adults only are received"],
+        "children": ["Families are warmly received", "Adults only are received"],
     },
     "pirate": {
         "sentences": [
-            "Arr, {name} be servin' {food} grub off the {area}, matey, fer {price}! {children}!",
-            "Ahoy! Set sail fer {name} off the {area}: {food} grub fer {price}! {children}, arr!",
-            "Shiver me timbers, {food} grub fer {price} at {name} off the {area}! {children}, matey!",
+            "Arr, {name} be servin' {food} grub off the {area}, {price}! {children}!",
+            "Ahoy! Set sail fer {name} off the {area}: {food} grub, {price}! {children}!",
+            "Shiver me timbers, {food} grub at {name} off the {area}, {price}! {children}!",
         ],
-        "price": ["a few coppers", "a purse o' silver", "a chest o' gold"],
+        "price": ["fer a few coppers", "fer a purse o' silver", "fer a chest o' gold"],
         "children": ["Bring yer wee scallywags", "Leave yer wee scallywags ashore"],
     },
     "text": {
@@ -61,80 +67,104 @@ VOICES = {
 }
 
 
-def toy_world():
-    """Every combination of slots as a dict {slot: value}: (those to train on, 256 others that are held out)."""
-    restaurants = [dict(zip(SLOTS, values, strict=True)) for values in itertools.product(*SLOTS.values())]
+def load_restaurants():
+    """The training restaurants and 256 for validation, each a dict {slot: value}."""
+    combinations = itertools.product(*SLOTS.values())
+    restaurants = [dict(zip(SLOTS, values, strict=True)) for values in combinations]
     random.Random(0).shuffle(restaurants)
     return restaurants[256:], restaurants[:256]
 
 
-def toy_prompt(restaurant):
+def format_prompt(restaurant):
     return " | ".join(f"{slot} : {value}" for slot, value in restaurant.items())
 
 
-def in_words(slot, value, voice):
-    """How this voice says that a slot has this value."""
-    return VOICES[voice][slot][SLOTS[slot].index(value)] if slot in VOICES[voice] else value
+def parse_prompt(prompt):
+    return dict(field.split(" : ") for field in prompt.split(" | "))
 
 
-def toy_pairs(restaurants, voices):
-    """(prompt, completion) of each restaurant in each voice, in one of the voice's sentences drawn at random."""
-    draw = random.Random(0)
+def phrase(slot, value, voice):
+    """How this voice words this value of the slot."""
+    phrases = VOICES[voice].get(slot, SLOTS[slot])
+    return phrases[SLOTS[slot].index(value)]
+
+
+def make_pairs(restaurants, voices):
+    """(prompt, completion) of each restaurant in each voice, in a random template."""
+    rng = random.Random(0)
+    pairs = []
     for restaurant, voice in itertools.product(restaurants, voices):
-        phrases = {slot: in_words(slot, value, voice) for slot, value in restaurant.items()}
-        yield toy_prompt(restaurant), draw.choice(VOICES[voice]["sentences"]).format(**phrases)
+        phrases = {slot: phrase(slot, value, voice) for slot, value in restaurant.items()}
+        template = rng.choice(VOICES[voice]["sentences"])
+        pairs.append((format_prompt(restaurant), template.format(**phrases)))
+    return pairs
 
 
-def words_of(text):
-    return set(re.findall(r"\w+", text))
+def load_pairs(voice):
+    """(training, validation) pairs of one voice, or of "all". Raises ValueError."""
+    if voice not in [*VOICES, "all"]:
+        raise ValueError(f"no voice '{voice}': choose {', '.join(VOICES)} or all")
+    voices = VOICES if voice == "all" else [voice]
+    return tuple(make_pairs(restaurants, voices) for restaurants in load_restaurants())
 
 
-USED = {voice: words_of(str(phrases)) for voice, phrases in VOICES.items()}
-# The words that one voice alone uses.
-OWN = {voice: USED[voice].difference(*(USED[other] for other in VOICES if other != voice)) for voice in VOICES}
+ALL_WORDS = {voice: set(re.findall(r"\w+", str(VOICES[voice]))) for voice in VOICES}
 
 
-def in_voice(text, voice):
-    """Whether text has words that this voice alone uses, and none that another alone uses."""
-    return [v for v in VOICES if OWN[v] & words_of(text)] == [voice]
+def unique_words(voice):
+    """The words that only this voice uses."""
+    others = [words for other, words in ALL_WORDS.items() if other != voice]
+    return ALL_WORDS[voice].difference(*others)
 
 
-def slots_right(text, restaurant):
-    """Whether text says the value of every slot, in the words of any voice, and no other value of that slot."""
+def has_voice(text, voice):
+    """Whether the text has words unique to this voice, and none unique to another."""
+    words = set(re.findall(r"\w+", text))
+    return [v for v in VOICES if words & unique_words(v)] == [voice]
+
+
+def slots_correct(text, restaurant):
+    """Whether the text says each slot's value, in any voice, and no other value."""
 
     def says(slot, value):
-        return any(re.search(rf"\b{in_words(slot, value, voice)}\b", text) for voice in VOICES)
+        phrases = "|".join(re.escape(phrase(slot, value, voice)) for voice in VOICES)
+        return re.search(rf"\b({phrases})\b", text)
 
-    return all([v for v in SLOTS[slot] if says(slot, v)] == [value] for slot, value in restaurant.items())
-
-
-def toy_vocabulary():
-    """The toy world's vocabulary in tiktoken's format: the 256 bytes, for any text, then each word as one token."""
-    pairs = toy_pairs(sum(toy_world(), []), VOICES)
-    words = {word.encode() for pair in pairs for word in re.findall(WORDS, " ".join(pair))}
-    single = [bytes([b]) for b in range(256)]
-    tokens = single + sorted(words.difference(single))
-    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    said = {slot: [value for value in SLOTS[slot] if says(slot, value)] for slot in SLOTS}
+    return said == {slot: [value] for slot, value in restaurant.items()}
 
 
-# The base that knows all four voices: where it is, and how it is trained.
-TINY = Path(__file__).parent.parent / "out" / "tiny"
-TINY_RECIPE = dict(steps=600, lr=5e-3, batch_size=32, warmup=60, eval_every=100)
+def metrics(pairs, texts):
+    """{name: share of texts that pass}, for the texts generated from these pairs."""
+    voices = [v for _, completion in pairs for v in VOICES if has_voice(completion, v)]
+    restaurants = [parse_prompt(prompt) for prompt, _ in pairs]
+    return {
+        "voice accuracy": sum(map(has_voice, texts, voices)) / len(texts),
+        "slot accuracy": sum(map(slots_correct, texts, restaurants)) / len(texts),
+    }
 
 
-def toy_base():
-    """(GPTConfig, tokenizer) of `tiny`."""
-    tokenizer = make_tokenizer(toy_vocabulary())
-    return GPTConfig(block_size=128, vocab_size=tokenizer.n_vocab, n_layer=4, n_head=4, n_embd=128), tokenizer
+def build_bpe():
+    """({token: id}, merges). This BPE builds words from prefixes: " a", " ar", " arr"."""
+    pairs = [pair for split in load_pairs("all") for pair in split]
+    text = "\n".join(f"{prompt}\n {completion}" for prompt, completion in pairs)
+    byte_to_char = {byte: char for char, byte in CHAR_TO_BYTE.items()}
+    merges = {}  # {token: its two parts}; words with a leading space come first
+    for word in sorted(set(re.findall(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+", text))):
+        chars = "".join(byte_to_char[byte] for byte in word.encode())
+        for i in range(1, len(chars)):
+            merges.setdefault(chars[: i + 1], (chars[:i], chars[i]))
+    tokens = [*CHAR_TO_BYTE, *merges, EOS]
+    return {token: i for i, token in enumerate(tokens)}, list(merges.values())
 
 
-def print_comparison(voice, before, after):
-    """What the base and the adapted model say of the held-out restaurants: some of it, and how often it is right."""
-    restaurants = toy_world()[1]
-    for i in range(4):
-        print(f"\n{toy_prompt(restaurants[i])}\n  base     {before[i]}\n  adapted  {after[i]}")
-    print(f"\nof {len(restaurants)} restaurants it never saw    in the {voice} voice    every slot right")
-    for name, texts in (("base", before), ("adapted", after)):
-        voices = sum(in_voice(text, voice) for text in texts) / len(texts)
-        slots = sum(map(slots_right, texts, restaurants)) / len(texts)
-        print(f"  {name:<30}{voices:>20.1%}{slots:>20.1%}")
+VOCAB, MERGES = build_bpe()
+CONFIG = GPTConfig(128, len(VOCAB), 4, 4, n_embd=128, eos_token_id=VOCAB[EOS])  # for --model new
+
+
+def save_tokenizer(dir):
+    """Write vocab.json and merges.txt, for `load_tokenizer` and `transformers`."""
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in MERGES)]
+    merges = "\n".join(lines).encode()
+    atomic_write(Path(dir, "vocab.json"), lambda tmp: tmp.write_text(json.dumps(VOCAB)))
+    atomic_write(Path(dir, "merges.txt"), lambda tmp: tmp.write_bytes(merges))

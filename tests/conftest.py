@@ -1,47 +1,47 @@
-"""What the tests share: the --slow switch, small models that `transformers` makes, and what may not be here."""
+"""What the tests share: the --slow switch, and small random models made by `transformers`."""
 
-import contextlib
+import json
 import os
-import shlex
-import signal
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and peft are imported: no test may need a network
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch is: see train.py
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see sample.py
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
 import transformers
 
+import gpt
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests too: full-size models, notebooks")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs only with --slow")
+    for library in ("transformers", "peft"):  # warnings for their own developers
+        config.addinivalue_line("filterwarnings", f"ignore:::{library}")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run it with pytest --slow"))
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs only with --slow")
-    for library in ("transformers", "peft"):  # what they say to their own developers
-        config.addinivalue_line("filterwarnings", f"ignore:::{library}")
+                item.add_marker(pytest.mark.skip(reason="slow: run with pytest --slow"))
 
 
 def make_gpt2(dir=None, seed=0, **sizes):
-    """A GPT-2 of `transformers` with random weights, biases included; saved in the folder dir if there is one."""
+    """A random GPT-2 of `transformers`, with biases that are not zero; saved to dir if given."""
     torch.manual_seed(seed)
-    sizes = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=97, n_positions=64) | sizes
-    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    config = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=97, n_positions=64)
+    config |= dict(bos_token_id=0, eos_token_id=0) | sizes
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -50,47 +50,49 @@ def make_gpt2(dir=None, seed=0, **sizes):
     return model
 
 
-@contextlib.contextmanager
-def sent(number, step, handler=None):
-    """While this lasts, this process gets a signal when a run reports the step. handler: what it had for it before."""
-    import train
-
-    def print_row(row):
-        if row["step"] == step:
-            os.kill(os.getpid(), number)
-
-    before = signal.signal(number, signal.getsignal(number) if handler is None else handler)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "print_row", print_row)
-        try:
-            yield
-        finally:
-            signal.signal(number, before)
+PADDED = dict(vocab_size=50304, eos_token_id=50256, n_embd=4)  # as nanoGPT pads
 
 
-def interrupt(line, number=signal.SIGTERM, step=4):
-    """Run train.py with these flags until this signal comes, at a step that it reports."""
-    import train
+def edit_config(dir, **changes):
+    config = json.loads((dir / "config.json").read_text())
+    (dir / "config.json").write_text(json.dumps(config | changes))
 
-    with sent(number, step), pytest.raises(SystemExit) as e:
-        train.main(shlex.split(line))
-    assert e.value.code == 130
+
+def random_tokens(B, T, vocab_size=97, seed=1):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_refused(match, call, *args, error=ValueError):
+    """The call raises this error. Its message is one line that matches."""
+    with pytest.raises(error, match=match) as error_info:
+        call(*args)
+    assert "\n" not in str(error_info.value)
 
 
 @pytest.fixture
-def vocabulary():
-    """GPT-2's tokenizer, where tiktoken has its files or can download them."""
-    import gpt
+def base_dir(tmp_path):
+    """A folder with a small random GPT-2."""
+    make_gpt2(tmp_path / "base")
+    return tmp_path / "base"
 
+
+@pytest.fixture
+def gpt2_tokenizer():
+    """GPT-2's tokenizer, if tiktoken has its files or can download them."""
     try:
         return gpt.load_tokenizer("gpt2")
-    except OSError as e:
-        pytest.skip(str(e))
+    except OSError as error:
+        pytest.skip(f"GPT-2's tokenizer is not available: {error}")
 
 
 @pytest.fixture
 def e2e_dir():
-    """The folder with the E2E files."""
     if "E2E_DIR" not in os.environ:
-        pytest.skip("needs the E2E files: set E2E_DIR to the folder that has train.txt, valid.txt or test.txt")
+        pytest.skip("set E2E_DIR to a folder with E2E's train.txt, valid.txt and test.txt")
     return Path(os.environ["E2E_DIR"])

@@ -1,197 +1,147 @@
-"""The commands as a user runs them, the data, and runs that are interrupted."""
+"""train.py as a library: settings, data, and the training loop."""
 
-import contextlib
-import itertools
-import json
-import random
-import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import math
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from conftest import interrupt, make_gpt2
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from commands import make_base, write_jsonl
+from conftest import make_gpt2, random_tokens
 
 import train
-from gpt import GPT, GPTConfig, load_tokenizer, make_tokenizer
+from gpt import EOS, GPT, GPTConfig, encode_text, load_tokenizer
 from lora import add_lora, lora_layers, save_lora
 from notebooks import toy
-
-TOP = Path(train.__file__).parent
-
-
-def run(folder, line, **options):
-    """Start a command in a folder; its output and errors are read from the process."""
-    command = [sys.executable, *shlex.split(line)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+from train import collate, default_args, evaluate, get_lr, load_data
 
 
-def output(folder, line, **options):
-    process = run(folder, line, **options)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return out
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_base(tmp_path_factory.mktemp("base")))
 
 
-# ---- The first run: nothing but the four files -------------------------------------------------------------
+# ---- Settings ----
 
 
-@pytest.fixture(scope="session")
-def first_run(tmp_path_factory):
-    """(folder, what `python train.py` prints) of a fresh copy of the four files; fewer steps make it quick."""
-    folder = tmp_path_factory.mktemp("clone")
-    (folder / "notebooks").mkdir()
-    for name in ("gpt.py", "lora.py", "train.py", "sample.py", "notebooks/toy.py"):
-        shutil.copy(TOP / name, folder / name)
-    source = (folder / "notebooks/toy.py").read_text(encoding="utf-8")
-    assert "steps=600" in source
-    (folder / "notebooks/toy.py").write_text(source.replace("steps=600", "steps=250"), encoding="utf-8")
-    return folder, output(folder, "train.py --steps 100")
+def test_e2e_has_the_settings_of_the_paper():
+    args = train.make_parser().parse_args(["--data", "e2e"])
+    train.resolve_settings(args, n_examples=42_061)
+    assert (args.r, args.alpha, args.targets) == (4, 32, ["c_q", "c_v"])
+    assert (args.lora_dropout, args.label_smoothing, args.weight_decay) == (0.1, 0.1, 0.01)
+    assert (args.lr, args.batch_size, args.warmup) == (2e-4, 8, 500)
+    assert args.steps == 26_289  # five epochs
 
 
-def test_first_run_teaches_the_voice(first_run):
-    _, out = first_run
-    figures = [list(map(float, re.findall(r"([\d.]+)%", line))) for line in out.splitlines()]
-    (base_voice, base_slots), (voice, slots) = [pair for pair in figures if len(pair) == 2]
-    assert base_voice <= 45 and base_slots >= 90 and voice >= 85 and slots >= 90
-    assert int(re.search(r"of (\d+) restaurants it never saw", out)[1]) >= 128
-    assert "LoRA adds 8,192, 0.95%" in out
-    assert len(re.findall(r"^  base     \S.*\n  adapted  \S.*$", out, re.MULTILINE)) == 4
+# ---- Data ----
 
 
-def test_printed_command_writes_in_the_voice_and_merging_changes_nothing(first_run):
-    folder, out = first_run
-    line = re.search(r"python (sample\.py .+)", out)[1]
-    process = run(folder, line)
-    text = process.stdout.read(4)
-    assert text == "name"  # while the rest is still being written
-    text += process.stdout.read()
-    assert toy.in_voice(text.partition("<|endoftext|>")[2], "pirate")
-    assert output(folder, line + " --merge") == text
+@pytest.mark.parametrize("n_tokens", [2, 16, 17, 18, 100])
+def test_every_token_but_the_first_is_a_target_once(tokenizer, tmp_path, n_tokens):
+    words = [f" {toy.SLOTS['food'][i % 8]}" for i in range(n_tokens)]
+    Path(tmp_path, "a.txt").write_text("".join(words))
+    train_data, val_data = load_data(str(tmp_path / "a.txt"), tokenizer, block_size=16)
+    blocks = [ids for ids, n_prompt in train_data + val_data if n_prompt == 1]
+    assert sum([ids[1:] for ids in blocks], []) == encode_text(tokenizer, "".join(words[1:]))
+    assert all(len(ids) <= 17 for ids in blocks) and len(blocks) == math.ceil((n_tokens - 1) / 16)
 
 
-def test_next_run_finds_the_base_and_trains_all_of_it_into_a_folder_of_its_own(first_run):
-    folder, out = first_run
-    assert "training the base" in out
-    out = output(folder, "train.py --method full --data toy:all --steps 2 --out out/full")
-    assert "training the base" not in out
-    assert (folder / "out/full/log.csv").read_text().splitlines()[0].startswith("step,loss,val_loss,lr")
-    line = re.search(r"python (sample\.py .+)", out)[1]
-    assert "--lora" not in line and output(folder, line).startswith("name : ")
+FILES = {
+    "a.txt": f"Arr{EOS}{EOS} Ahoy{EOS}",
+    "a.jsonl": f'{{"prompt": "Arr{EOS}", "completion": "Ahoy"}}\n\n \n',
+    "e2e:b.txt": f"\nArr{EOS}||Ahoy\n\n",
+}
 
 
-# ---- The toy world -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_all_kinds_are_read(tokenizer, tmp_path, monkeypatch, name, bom):
+    monkeypatch.chdir(tmp_path)
+    Path(name.removeprefix("e2e:")).write_text(bom + FILES[name], encoding="utf-8")
+    arr, ahoy = map(tokenizer.encode_ordinary, ("Arr", " Ahoy"))
+    eos = [tokenizer.eot_token]
+    [(ids, _)], _ = load_data(name, tokenizer, 128)
+    assert ids == arr + eos + eos + ahoy + eos
 
 
-def test_held_out_restaurants_are_never_trained_on():
-    tokenizer = make_tokenizer(toy.toy_vocabulary())
-    for name in ("toy:all", "toy:pirate"):
-        seen, held_out = (
-            {tokenizer.decode(ids[:start]) for ids, start in part} for part in train.load_data(name, tokenizer, 128)
-        )
-        assert len(held_out) == 256 and not seen & held_out
+def test_examples_that_are_too_long_are_counted(tokenizer, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [("Mill", "Arr! " * n) for n in (1, 100, 2)])
+    assert sum(map(len, load_data(str(path), tokenizer, block_size=64))) == 2
+    assert "of 3" in capsys.readouterr().out
+    write_jsonl(path, [("Mill", "Arr! " * n) for n in (1, 100, 100)])
+    with pytest.raises(ValueError, match=r"a\.jsonl"):  # more than half of them
+        load_data(str(path), tokenizer, block_size=64)
 
 
-@pytest.mark.parametrize("voice", toy.VOICES)
-def test_judges_of_the_toy(voice):
-    restaurants = toy.toy_world()[0][::6]
-    slots = itertools.cycle(toy.SLOTS)
-    for restaurant, (prompt, text) in zip(restaurants, toy.toy_pairs(restaurants, [voice]), strict=True):
-        assert prompt == toy.toy_prompt(restaurant)
-        assert [v for v in toy.VOICES if toy.in_voice(text, v)] == [voice]
-        assert toy.slots_right(text, restaurant)
-        slot = next(slots)  # of which another value would be wrong
-        other = next(value for value in toy.SLOTS[slot] if value != restaurant[slot])
-        assert not toy.slots_right(text, restaurant | {slot: other})
+@pytest.mark.parametrize("n, n_val", [(1, 0), (19, 0), (20, 1), (8000, 256)])
+def test_a_twentieth_of_a_file_is_for_validation(tokenizer, tmp_path, n, n_val):
+    path = write_jsonl(tmp_path / "a.jsonl", [(str(i), "Arr") for i in range(n)])
+    train_data, val_data = load_data(str(path), tokenizer, 64)
+    assert len(train_data) == math.ceil(0.95 * n) and len(val_data) == n_val
+    assert not {tuple(ids) for ids, _ in train_data} & {tuple(ids) for ids, _ in val_data}
 
 
-def test_toy_words_are_one_token_each_and_any_text_survives():
-    tokenizer = make_tokenizer(toy.toy_vocabulary())
-    restaurants, _ = toy.toy_world()
-    for prompt, completion in toy.toy_pairs(restaurants[:50], toy.VOICES):
-        for text in (prompt, " " + completion):
-            assert len(tokenizer.encode_ordinary(text)) == len(re.findall(r" ?\w+| ?[^\w\s]+", text))
-    assert tokenizer.decode(tokenizer.encode_ordinary("Zażółć\n\tgęślą!")) == "Zażółć\n\tgęślą!"
+def test_validation_data_is_a_random_sample(tokenizer):
+    _, val_data = load_data("toy:all", tokenizer, 128)
+    texts = [tokenizer.decode(ids).split(EOS) for ids, _ in val_data]
+    n_texts = {voice: sum(toy.has_voice(text[1], voice) for text in texts) for voice in toy.VOICES}
+    assert sum(n_texts.values()) == len(val_data) == 256
+    assert min(n_texts.values()) > 40  # about 64 for each of the four voices
+    assert len({text[0] for text in texts}) > 128  # not only the first restaurants
 
 
-# ---- Data sets ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["toy:all", "toy:pirate"])
+def test_validation_restaurants_are_not_trained_on(tokenizer, name):
+    train_data, val_data = load_data(name, tokenizer, 128)
+    train_prompts, val_prompts = ({tuple(ids[:n]) for ids, n in d} for d in (train_data, val_data))
+    assert val_prompts and not train_prompts & val_prompts
 
 
-def test_e2e_is_the_papers(e2e_dir, vocabulary, tmp_path, monkeypatch):
-    (tmp_path / "lora-gpt2" / "e2e").mkdir(parents=True)
-    shutil.copy(e2e_dir / "valid.txt", tmp_path / "lora-gpt2" / "e2e" / "train.txt")  # stands in for the large file
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-    monkeypatch.setattr(train, "E2E", e2e_dir.as_uri() + "/")  # "downloads" valid.txt, whose hash is checked
-    examples, held_out = train.load_data("e2e", vocabulary, 1024)
-    assert len(examples) == len(held_out) == 4672
-    ids, start = examples[0]
-    assert vocabulary.decode(ids[: start - 1]) == "name : Alimentum | area : city centre | family friendly : no"
-    assert ids[start - 1] == ids[-1] == 50256
-    text = " There is a place in the city centre , Alimentum , that is not family - friendly ."
-    assert vocabulary.decode(ids[start:-1]) == text
-    idx, targets = train.collate(examples[:8], torch.device("cpu"))
-    row = targets[0][targets[0] != -100]
-    assert vocabulary.decode(row.tolist()) == text + "<|endoftext|>"
-    assert idx[0, start - 1] == 50256 and targets[0, start - 1] == ids[start] and targets[0, start - 2] == -100
+def test_only_the_completion_is_a_target():
+    idx, targets = collate([([1, 2, 3, 4, 5], 3), ([6, 7], 1)], "cpu")
+    assert idx.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
+    assert targets.tolist() == [[-100, -100, 4, 5], [7, -100, -100, -100]]
 
 
-def test_another_e2e_file_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "valid.txt").write_text("name : A||B\n")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "hub")
-    monkeypatch.setattr(train, "E2E", tmp_path.as_uri() + "/")
-    with pytest.raises(OSError, match="hash.*by hand"):
-        train.e2e_file("valid.txt")
-    assert not [file for file in (tmp_path / "hub").rglob("*") if file.is_file()]
+# ---- The training loop ----
 
 
-def test_plain_text_is_cut_into_blocks_that_miss_nothing(tmp_path):
-    tokenizer = make_tokenizer(toy.toy_vocabulary())
-    text = "Arr, matey!\r\nBring yer café.\n" * 40
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    examples, held_out = train.load_data(str(tmp_path / "a.txt"), tokenizer, 16)
-    ids = examples[0][0][:1] + [i for block, _ in examples + held_out for i in block[1:]]
-    assert text.replace("\r", "").startswith(tokenizer.decode(ids)) and len(tokenizer.decode(ids)) > len(text) * 0.9
-    assert len(held_out) == len(examples + held_out) // 20 > 0
+def random_examples(n, lengths=(5, 60), n_prompt=3):
+    """Examples of random tokens, with these lengths in turn."""
+    rows = random_tokens(n, max(lengths)).tolist()
+    return [(row[: lengths[i % len(lengths)]], n_prompt) for i, row in enumerate(rows)]
 
 
-def test_pairs_that_do_not_fit_are_left_out_and_counted(tmp_path, capsys):
-    tokenizer = make_tokenizer(toy.toy_vocabulary())
-    pairs = [{"prompt": "The Mill", "completion": "Arr! " * n} for n in (1, 100, 2)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    examples, held_out = train.load_data(str(tmp_path / "a.jsonl"), tokenizer, 64)
-    assert len(examples + held_out) == 2 and all(len(ids) <= 65 for ids, _ in examples + held_out)
-    assert "left out 1 examples" in capsys.readouterr().out
-
-
-# ---- The loop ----------------------------------------------------------------------------------------------
-
-
-def random_examples(n, lengths):
-    """n examples of random tokens, of which the first three are the prompt."""
-    draw = random.Random(0)
-    return [([draw.randrange(97) for _ in range(draw.choice(lengths))], 3) for _ in range(n)]
-
-
-def tiny_model(device="cpu", n_layer=2):
+def small_model(method="lora", dtype="float32", dropout=0.0, n_layer=2):
     torch.manual_seed(0)
-    with torch.device(device):
-        model = GPT(GPTConfig(block_size=64, vocab_size=97, n_layer=n_layer, n_head=4, n_embd=32))
-        add_lora(model)
+    model = GPT(GPTConfig(64, 97, n_layer=n_layer, n_head=4, n_embd=32))
+    if method == "lora":
+        add_lora(model.to(getattr(torch, dtype)), dropout=dropout)
     return model
 
 
-def losses(rows):
-    return [row["loss"] for row in rows]
+def fit(method="lora", dtype="float32", dropout=0.0, **kwargs):
+    """Train a small model. Returns its trained parameters and its log."""
+    model, data = small_model(method, dtype, dropout), random_examples(30)
+    kwargs = dict(steps=10, batch_size=4, warmup=2, eval_every=1, lr=5e-3) | kwargs
+    log = train.train(model, data[:24], data[24:], default_args(dtype=dtype, **kwargs))
+    return [p for p in model.parameters() if p.requires_grad], log
 
 
-def test_the_loop_is_pefts_training_step_for_step(tmp_path):
+def losses(log, name="train_loss"):
+    return [metrics[name] for metrics in log]
+
+
+def test_learning_rate_warms_up_and_decays():
+    lrs = [get_lr(step, 1.0, warmup=4, steps=10) for step in range(10)]
+    assert lrs == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert get_lr(0, 1.0, warmup=0, steps=1) == 1
+    assert [get_lr(step, 1.0, warmup=3, steps=2) for step in range(2)] == [1 / 4, 2 / 4]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_losses_equal_peft(tmp_path, label_smoothing):
     reference = make_gpt2(tmp_path / "base")
     model = GPT.from_pretrained(tmp_path / "base")
     add_lora(model)
@@ -199,244 +149,107 @@ def test_the_loop_is_pefts_training_step_for_step(tmp_path):
         torch.nn.init.normal_(layer.lora_B, std=0.01)
     save_lora(model, tmp_path / "adapter")
     reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
-    examples = random_examples(8, range(5, 30))  # each step sees all of them: their order does not matter
-    args = train.settings(steps=6, lr=1e-2, batch_size=8, warmup=2, weight_decay=0.0, eval_every=6)
-    ours = losses(train.train(model, examples, [], args))
+    data = random_examples(8, range(5, 30))  # each step sees all of them
+    args = default_args(steps=6, batch_size=8, warmup=2, lr=1e-2, weight_decay=0.0, eval_every=5)
+    args.label_smoothing = label_smoothing
+    ours = losses(train.train(model, data, [], args))
 
-    theirs, optimizer = [], torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], weight_decay=0.0)
-    idx, targets = train.collate(examples, torch.device("cpu"))
-    for factor in (1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4):
-        logits = reference(idx).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.0)
+    (idx, targets), theirs = collate(data, "cpu"), []
+    for warmup_or_decay in (1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4):
+        logits = reference(idx).logits.flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), label_smoothing=label_smoothing)
         loss.backward()
-        for name, p in reference.named_parameters():  # the zeros of B are not ours to train
+        for name, p in reference.named_parameters():
             if "lora_B" in name:
-                p.grad *= p != 0
-        optimizer.param_groups[0]["lr"] = factor * args.lr
+                p.grad *= p != 0  # PEFT would train the zeros of the fused B, too
+        optimizer.param_groups[0]["lr"] = warmup_or_decay * args.lr
         optimizer.step()
         optimizer.zero_grad()
         theirs.append(loss.item())
-    assert ours == pytest.approx(theirs, abs=1e-5)
-    assert ours[-1] != pytest.approx(ours[0], abs=1e-3)
+    assert ours == pytest.approx(theirs, abs=1e-5) and ours[-1] < ours[0] - 1e-3
 
 
-def test_accumulated_batches_are_one_large_batch_also_when_lengths_differ(tmp_path):
-    make_gpt2(tmp_path)
-    examples, found = random_examples(40, (5, 60)), []
-    for batch_size, grad_accum in ((8, 1), (2, 4), (1, 8)):
-        args = train.settings(steps=5, lr=1e-2, batch_size=batch_size, grad_accum=grad_accum, warmup=0)
-        found.append(losses(train.train(GPT.from_pretrained(tmp_path), examples, [], args)))
-    assert found[1] == pytest.approx(found[0], abs=1e-5) and found[2] == pytest.approx(found[0], abs=1e-5)
+def test_dropout_and_label_smoothing_are_in_the_training_loss_only():
+    _, [log] = fit(dropout=0.5, label_smoothing=0.1, steps=1, lr=0.0)
+    _, [plain_log] = fit(steps=1, lr=0.0)
+    assert log["val_loss"] == plain_log["val_loss"] and log["train_loss"] != plain_log["train_loss"]
 
 
-def test_the_validation_loss_is_the_mean_over_target_tokens_whatever_the_batch_size(tmp_path):
-    make_gpt2(tmp_path)
-    model, examples = GPT.from_pretrained(tmp_path), random_examples(20, (5, 60))
-    idx, targets = train.collate(examples, torch.device("cpu"))
+def test_accumulated_micro_batches_equal_one_batch():
+    (_, log), (_, accumulated_log) = fit(batch_size=8), fit(batch_size=2, grad_accum=4)
+    assert losses(accumulated_log) == pytest.approx(losses(log), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_evaluate_is_the_mean_over_all_targets(batch_size):
+    model, data = small_model(dropout=0.5), random_examples(20)
+    idx, targets = collate(data, "cpu")
     with torch.no_grad():
-        whole = torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten()).item()
-    assert [train.evaluate(model, examples, n) for n in (1, 3, 8, 20)] == pytest.approx([whole] * 4, abs=1e-5)
+        expected = F.cross_entropy(model.eval()(idx).flatten(0, 1), targets.flatten()).item()
+    assert evaluate(model.train(), data, batch_size) == pytest.approx(expected, abs=1e-5)
+    assert model.training
 
 
-def test_the_loop_saves_and_goes_on_without_the_command(tmp_path):
-    changes = dict(steps=8, eval_every=4, batch_size=2, lr=1e-2)
-    examples, stopped = random_examples(16, (5, 60)), []
-    whole = train.train(tiny_model(), examples, [], train.settings(**changes))
-    args = train.settings(**changes, out=tmp_path)
-    with pytest.raises(KeyboardInterrupt):  # as a signal would have it, at step 3
-        train.train(
-            tiny_model(), examples, [], args, lambda row: row["step"] == 3 and stopped.append(1), stopped=stopped
-        )
-    args.resume = True
-    assert losses(train.train(tiny_model(), examples, [], args)) == losses(whole)
-    assert [line.split(",")[0] for line in (tmp_path / "log.csv").read_text().splitlines()] == ["step", *"12345678"]
+def test_every_epoch_has_each_example_once():
+    order = train.shuffle_epochs(list(range(10)), n_draws=25, seed=0)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and len(order) == 25
+    assert order[:10] != order[10:20]
 
 
-class Late:
-    """A signal that comes at the end of the first step, when it has been asked for once."""
-
-    asked = 0
-
-    def __bool__(self):
-        self.asked += 1
-        return self.asked > 1
+def test_only_a_and_b_are_trained():
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train.train(model, random_examples(8), [], default_args(steps=3, batch_size=4))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != ("lora_" in name), name
 
 
-def test_a_signal_at_the_very_end_of_a_step_ends_the_next_one(tmp_path):
-    args = train.settings(steps=30, eval_every=30, batch_size=2, out=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(tiny_model(), random_examples(16, (5, 60)), [], args, stopped=Late())
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+def test_each_group_of_an_optimizer_keeps_its_own_rate():
+    model = small_model()
+    A, B = ([p for n, p in model.named_parameters() if part in n] for part in ("lora_A", "lora_B"))
+    optimizer = torch.optim.AdamW([{"params": A, "lr": 1e-3}, {"params": B, "lr": 1e-2}])
+    args = default_args(steps=6, warmup=2, eval_every=5)
+    log = train.train(model, random_examples(32), [], args, optimizer=optimizer)
+    assert losses(log, "lr") == [get_lr(step, 1e-3, 2, 6) for step in range(6)]
+    assert optimizer.param_groups[1]["lr"] == get_lr(5, 1e-2, 2, 6)
 
 
-def test_no_examples_are_an_error():
-    with pytest.raises(ValueError, match="no examples"):
-        train.train(tiny_model(), [], [], train.settings(steps=2))
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_losses_in_16_bits_are_near_those_of_float32(method, dtype):
+    (params, log), (_, expected) = fit(method, dtype), fit(method)
+    for name in ("train_loss", "val_loss"):
+        assert losses(log, name) == pytest.approx(losses(expected, name), abs=0.02)
+        assert losses(log, name) != losses(expected, name)
+    assert all(p.dtype == torch.float32 for p in params)
 
 
-def test_every_epoch_shows_each_example_once_in_an_order_of_its_own(tmp_path, monkeypatch):
-    make_gpt2(tmp_path)
-    examples, seen, collate = random_examples(10, (6, 7)), [], train.collate
-
-    def watched(batch, device):
-        seen.extend(examples.index(example) for example in batch)
-        return collate(batch, device)
-
-    monkeypatch.setattr(train, "collate", watched)
-    for seed in (0, 1):
-        args = train.settings(steps=10, batch_size=2, grad_accum=2, seed=seed)
-        train.train(GPT.from_pretrained(tmp_path), examples, [], args)
-    epochs = [tuple(seen[i : i + 10]) for i in range(0, len(seen), 10)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 8 and len(set(epochs)) == 8
+def test_a_loss_that_is_not_finite_names_lr():
+    model = small_model()
+    model.ln_f.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="step 1.*--lr"):
+        train.train(model, random_examples(8), [], default_args(eval_every=1))
 
 
-def test_compiled_blocks_take_lengths_that_vary_without_breaking_their_graphs():
+def test_log_has_mean_losses_and_a_validation_loss_after_each_evaluation():
+    _, log = fit(steps=12)
+    _, sparse_log = fit(steps=12, eval_every=10)
+    assert losses(sparse_log, "step") == [2, 4, 6, 8, 10, 12]
+    pairs = [sum(losses(log)[i : i + 2]) / 2 for i in range(0, 12, 2)]
+    assert losses(sparse_log) == pytest.approx(pairs, abs=1e-6)
+    evaluated = [m["step"] for m in sparse_log if not math.isnan(m["val_loss"])]
+    assert evaluated == [10, 12]
+
+
+def test_compiled_blocks_are_whole_graphs_for_any_length():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = tiny_model(n_layer=12)
+    counters, model, n_graphs = torch._dynamo.utils.counters, small_model(n_layer=12), []
     for block in model.h:
         block.compile(backend="eager")
-    counters, graphs = torch._dynamo.utils.counters, []
-    for T in (20, 20, 7, 31, 64, 12, 50):
-        idx = torch.arange(T)[None]
-        model(idx, idx).backward()
-        graphs.append(counters["stats"]["unique_graphs"])
-    # One for the first length and one for any; the first block has its own, as its input needs no gradient.
-    assert graphs == [2, 2, 4, 4, 4, 4, 4]
-    assert not counters["graph_break"]
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_gpu)])
-def test_a_step_waits_for_the_device_only_where_the_log_gets_a_row(device, monkeypatch):
-    # On the meta device tensors have no values: reading one back is an error, as it is on a GPU in this debug mode.
-    args, waits = train.settings(steps=20, batch_size=2, grad_accum=2, eval_every=20), []
-    if device == "meta":
-        monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
-    model = tiny_model(device)
-    monkeypatch.setattr(train, "float", lambda x: waits.append(x) or 0.0, raising=False)
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        train.train(model, random_examples(16, (5, 60)), [], args)
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 10  # a row every second step
-
-
-@needs_gpu
-def test_the_peak_memory_is_that_of_this_run_alone():
-    torch.zeros(2**28, device="cuda")  # a GiB, and gone again
-    rows = train.train(tiny_model("cuda"), random_examples(16, (5, 60)), [], train.settings(steps=2))
-    assert 0 < rows[-1]["memory_gb"] < 1
-
-
-# ---- Interrupted runs --------------------------------------------------------------------------------------
-
-# With dropout; and with a state that takes long to write, for more steps than twenty kills leave time.
-RUNS = {
-    "lora": "--steps 40 --batch-size 4 --lora-dropout 0.2 --eval-every 7",
-    "full": "--steps 200 --batch-size 4 --method full --lr 1e-3 --eval-every 1",
-}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    make_gpt2(folder / "model", n_embd=64, vocab_size=380, n_positions=128)
-    (folder / "model" / "vocab.tiktoken").write_text(toy.toy_vocabulary())
-    pairs = toy.toy_pairs(toy.toy_world()[0][:60], ["text"])
-    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
-    (folder / "data.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def flags(kind, out, more=""):
-    return f"--model model --data data.jsonl --device cpu --out {out} {RUNS[kind]} {more}"
-
-
-def command(*args):
-    return f"{TOP / 'train.py'} {flags(*args)}"
-
-
-def results(base, out):
-    """The weights and the losses that a run has left."""
-    file = next((base / out).glob("*.safetensors"))
-    losses = [line.split(",")[:3] for line in (base / out / "log.csv").read_text().splitlines()]
-    assert not (base / out / "state.pt").exists()
-    return {name: w.numpy().tobytes() for name, w in load_file(file).items()}, losses
-
-
-@pytest.fixture(scope="module")
-def whole(base):
-    """What a run that nothing interrupts leaves."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(base)
-        train.main(shlex.split(flags("lora", "whole")))
-    return results(base, "whole")
-
-
-def test_an_interrupted_run_goes_on_bit_for_bit(base, whole, monkeypatch, capsys):
-    monkeypatch.chdir(base)
-    interrupt(flags("lora", "parts"), signal.SIGINT, step=8)  # elsewhere the tests send SIGTERM and SIGHUP
-    assert "--resume" in capsys.readouterr().err and Path("parts", "state.pt").exists()
-    output(base, command("lora", "parts", "--resume"))
-    assert results(base, "parts") == whole
-
-
-@pytest.mark.slow
-def test_twenty_kills_lose_at_most_the_step_under_way(base):
-    output(base, command("full", "unkilled"))
-    pause, state = random.Random(0), base / "killed" / "state.pt"
-    for _ in range(20):
-        process = run(base, command("full", "killed", "--resume" * state.exists()))
-        steps = (int(line.split()[1]) for line in process.stdout if line.startswith("step"))
-        last = next(steps)
-        time.sleep(pause.uniform(0, 0.05))
-        process.kill()
-        last = max([last, *steps])
-        if state.exists():  # the kill may come before the very first state is whole
-            assert torch.load(state, weights_only=True)["step"] in (last, last - 1)
-    output(base, command("full", "killed", "--resume"))
-    assert results(base, "killed") == results(base, "unkilled")
-
-
-def refused(line, capsys):
-    """The message of a run that has to refuse its flags."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        train.main(shlex.split(line))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith("train.py: error: ") and err.count("\n") == 1, err
-    return err
-
-
-def test_other_settings_are_refused_and_named(base, monkeypatch, capsys):
-    monkeypatch.chdir(base)
-    interrupt(flags("lora", "other"), step=8)
-    for more, culprit in (("--resume --lr 1", "lr = "), ("--resume --seed 5", "seed = "), ("", "--resume")):
-        assert culprit in refused(flags("lora", "other", more), capsys)
-    assert Path("other/state.pt").exists()
-
-
-def test_a_full_disk_leaves_the_last_state(base, monkeypatch, capsys):
-    resource = pytest.importorskip("resource", reason="needs limits, which Windows has not")
-    monkeypatch.chdir(base)
-    interrupt(flags("full", "disk"))
-    before, limits = Path("disk/state.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        assert "disk/state.pt" in refused(flags("full", "disk", "--resume"), capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert Path("disk/state.pt").read_bytes() == before
-    assert sorted(file.name for file in Path("disk").iterdir()) == ["log.csv", "state.pt"]
-
-
-def test_full_training_keeps_the_vocabulary(base, monkeypatch):
-    monkeypatch.chdir(base)
-    train.main(shlex.split(flags("full", "vocabulary", "--steps 1")))
-    assert load_tokenizer(base / "vocabulary").n_vocab == load_tokenizer(base / "model").n_vocab == 380
+    for T in (20, 20, 7, 31, 64, 12):
+        model(torch.arange(T)[None], torch.arange(T)[None]).backward()
+        n_graphs.append(counters["stats"]["unique_graphs"])
+    # One graph for the first length, one for any. The first block's input needs no gradient.
+    assert n_graphs == [2, 2, 4, 4, 4, 4] and not counters["graph_break"]

@@ -1,0 +1,172 @@
+"""train.py as a command: its folders, --model new, and mistakes in one line."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import error_message, file_contents, make_base, read_log, run, toy_pairs, write_jsonl
+
+import sample
+import train
+from gpt import GPT, load_tokenizer
+from lora import add_lora, save_lora
+from notebooks import toy
+
+LINE = "--model base --data data.jsonl --steps 3 --batch-size 4 --eval-every 5 --device cpu"
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "log.csv", "settings.json"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder: a base, an adapter, and data."""
+    monkeypatch.chdir(tmp_path)
+    model = GPT.from_pretrained(make_base("base"))
+    add_lora(model)
+    save_lora(model, "adapter")
+    write_jsonl("data.jsonl", toy_pairs(40))
+
+
+@pytest.fixture
+def small_toy(monkeypatch):
+    """A toy task with few restaurants and a tiny base."""
+    restaurants = toy.load_restaurants()
+    monkeypatch.setattr(toy, "load_restaurants", lambda: [split[:8] for split in restaurants])
+    monkeypatch.setattr(toy, "CONFIG", GPT.from_pretrained("base").config)
+
+
+# ---- The result ----
+
+
+def test_result_has_an_adapter_settings_and_log(capsys):
+    run(train, f"{LINE} --out out/x")
+    assert sorted(os.listdir("out/x")) == ADAPTER
+    assert json.loads(Path("out/x/settings.json").read_text())["steps"] == 3
+    assert [row["step"] for row in read_log("out/x")] == ["1", "2", "3"]
+
+
+def test_same_command_again_trains_again(capsys):
+    for flags in ("", "--save-every 0"):  # which changes nothing in the result
+        run(train, f"{LINE} {flags}")
+        assert capsys.readouterr().out.count("loss ") == 3
+
+
+def test_printed_command_works(capsys):
+    run(train, LINE)
+    *_, line = capsys.readouterr().out.partition("sample.py ")
+    run(sample, f"{line} --max-new-tokens 2")
+    assert capsys.readouterr().out.startswith("name : ")
+
+
+def test_method_full_saves_a_base_with_its_tokenizer():
+    run(train, f"{LINE} --method full --out full")
+    tokenizer = load_tokenizer("full")
+    assert tokenizer._mergeable_ranks == load_tokenizer("base")._mergeable_ranks
+    run(train, f"{LINE} --model full --out on-full")
+
+
+def test_streams_without_reconfigure(monkeypatch):
+    for name in ("stdout", "stderr"):  # as in Jupyter
+        monkeypatch.setattr(sys, name, io.StringIO())
+    run(train, LINE)
+    run(sample, "--model base --prompt Arr")
+    assert "Arr" in sys.stdout.getvalue()
+
+
+# ---- One folder, one run ----
+
+
+@pytest.mark.parametrize("flags", ["--lr 1", "--data other/data.jsonl", "with other data"])
+def test_a_folder_with_another_run_is_refused(flags, capsys):
+    run(train, f"{LINE} --out out")
+    write_jsonl("other/data.jsonl", toy_pairs(40))
+    if flags == "with other data":
+        flags = ""
+        write_jsonl("data.jsonl", toy_pairs(40, "plain"))
+    before = file_contents("out")
+    assert "--out" in error_message(train, f"{LINE} --out out {flags}", capsys)
+    assert file_contents("out") == before
+
+
+@pytest.mark.parametrize("out", ["base", "adapter", "data.jsonl"])
+def test_what_is_not_a_run_is_not_overwritten(out, capsys):
+    before = file_contents(".")
+    error_message(train, f"{LINE} --out {out}", capsys)
+    assert file_contents(".") == before
+
+
+# ---- New bases ----
+
+NEW = "--model new --data toy:all --steps 2 --batch-size 2 --device cpu"
+
+
+@pytest.mark.parametrize("data", ["data.jsonl", "e2e"])
+def test_a_new_base_needs_a_task_with_a_tokenizer(data, capsys):
+    assert "--model new" in error_message(train, f"{NEW} --data {data}", capsys)
+
+
+@pytest.fixture
+def quick_base(small_toy, monkeypatch):
+    """The base of the first run is trained for two steps."""
+    main = train.main
+    flags = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    monkeypatch.setattr(train, "main", lambda argv: main([*argv, *flags]))
+
+
+def test_the_first_run_makes_its_base_once(quick_base):
+    train.main([])
+    assert sorted(os.listdir("out")) == ["tiny", "tiny-toy-pirate"]
+    before = file_contents("out/tiny")
+    train.load_base("out/tiny")
+    assert file_contents("out/tiny") == before
+
+
+def test_a_changed_toy_warns_that_its_base_is_old(quick_base, monkeypatch, capsys):
+    train.main([])
+    assert "warning" not in "".join(capsys.readouterr())
+    monkeypatch.setattr(toy, "VOCAB", toy.VOCAB | {"new": len(toy.VOCAB)})
+    train.main(["--out", "other"])
+    assert "".join(capsys.readouterr()).count("warning: toy.py") == 1
+
+
+# ---- Mistakes: one line, exit code 2 ----
+
+TRAIN_MISTAKES = {  # flags: what the line names
+    "--model absent": "absent",
+    "--data absent.txt": "absent.txt",
+    "--data data.csv": "data.csv",
+    "--data bad.jsonl": "line 3",
+    "--data toy:parrot": "pirate",
+    "--targets c_x": "c_x",
+    "--r 0": "r >= 1",
+    "--lora-dropout 1": "dropout",
+    "--lr -1": "-1",
+    "--batch-size 0": "",
+    "--batch 8": "--batch 8",
+}
+
+
+@pytest.mark.parametrize("flags", TRAIN_MISTAKES)
+def test_mistakes_in_training(flags, capsys):
+    Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n')
+    Path("data.csv").write_text("a,b\n")
+    assert TRAIN_MISTAKES[flags] in error_message(train, f"{LINE} {flags}", capsys)
+
+
+@pytest.mark.parametrize("flags", ["--targets c_x", "--r 0", "--lr -1", "--batch-size 0"])
+def test_a_mistake_can_be_corrected(flags, capsys):
+    error_message(train, f"{LINE} {flags}", capsys)
+    run(train, LINE)  # in the same folder
+
+
+@pytest.mark.parametrize("flags", ["--lora absent", "--model base --lora ''"])
+def test_an_adapter_that_is_missing_is_not_ignored(flags, capsys):
+    assert "adapter_config.json" in error_message(sample, flags, capsys)
+
+
+def test_out_of_memory_names_the_batch_size(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda *args, **kwargs: torch.empty(2**50))
+    assert "--batch-size" in error_message(train, LINE, capsys)

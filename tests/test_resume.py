@@ -1,0 +1,112 @@
+"""A run that is interrupted, in any way, continues as if nothing had happened."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import error_message, file_contents, make_base, read_log, run, toy_pairs, write_jsonl
+from safetensors.torch import load_file
+
+import train
+
+LINE = "--model base --data data.jsonl --batch-size 4 --eval-every 5 --device cpu"
+RESULT = ["adapter_config.json", "adapter_model.safetensors", "log.csv", "settings.json"]
+RUNS = {
+    "lora": "",
+    "full": "--method full",
+    "float16": "--dtype float16",
+    "full float16": "--method full --dtype float16",
+    "dropout": "--lora-dropout 0.3 --label-smoothing 0.1",
+    "accumulation": "--grad-accum 3 --batch-size 2",
+    "a log every three steps": "--eval-every 15",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder: a base and data."""
+    monkeypatch.chdir(tmp_path)
+    make_base("base")
+    write_jsonl("data.jsonl", toy_pairs(40))
+
+
+@pytest.fixture
+def large_loss_scale(monkeypatch):
+    """In float16, the first steps overflow. The later scale is not the first one."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**28)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+
+
+def interrupt(line, step):
+    """Press Ctrl-C after this log step, before its checkpoint."""
+
+    def print_metrics(metrics):
+        if metrics["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(train, "print_metrics", print_metrics)
+        run(train, line)
+    assert exit_info.value.code == 130
+
+
+def assert_same_result(a, b):
+    assert sorted(os.listdir(a)) == sorted(os.listdir(b)) and "checkpoint.pt" not in os.listdir(a)
+    filename = next(name for name in os.listdir(a) if name.endswith(".safetensors"))
+    a_weights, b_weights = load_file(f"{a}/{filename}"), load_file(f"{b}/{filename}")
+    assert all(torch.equal(a_weights[name], b_weights[name]) for name in a_weights)
+    for a_row, b_row in zip(read_log(a), read_log(b), strict=True):
+        assert all(a_row[name] == b_row[name] for name in ("step", "train_loss", "val_loss", "lr"))
+
+
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_a_resumed_run_equals_an_uninterrupted_one(flags, large_loss_scale):
+    line = f"{LINE} --steps 15 --lr 5e-3 --save-every 0 {flags}"
+    run(train, f"{line} --out whole")
+    interrupt(f"{line} --out parts", step=3)
+    interrupt(f"{line} --out parts", step=9)  # the same command resumes, too
+    run(train, "--resume parts")
+    assert_same_result("whole", "parts")
+
+
+def test_a_killed_process_is_resumed():
+    line = f"{LINE} --steps 100 --eval-every 50"
+    command = f"{sys.executable} {train.__file__} {line} --save-every 0 --out killed"
+    process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True)
+    next(text for text in process.stdout if re.match("step +20 ", text))
+    process.kill()
+    process.communicate()
+    assert "checkpoint.pt" in os.listdir("killed") and not set(RESULT) <= set(os.listdir("killed"))
+    run(train, "--resume killed")
+    run(train, f"{line} --out whole")
+    assert_same_result("whole", "killed")
+
+
+@pytest.mark.parametrize("flags, advice", [("--save-every 0", "--resume out"), ("", "nothing")])
+def test_ctrl_c_says_how_to_go_on(flags, advice, capsys):
+    interrupt(f"{LINE} --steps 3 --out out {flags}", step=2)
+    assert advice in capsys.readouterr().err
+    run(train, "--resume out --device cpu")  # without a checkpoint, from step 0
+    assert sorted(os.listdir("out")) == RESULT
+
+
+@pytest.mark.parametrize("flags", ["--steps 9", "--r 4", "--out other"])
+def test_resume_with_other_settings_is_refused(flags, capsys):
+    interrupt(f"{LINE} --steps 3 --r 2 --out out", step=2)
+    before = file_contents(".")
+    error_message(train, f"--resume out {flags}", capsys)
+    assert file_contents(".") == before
+
+
+def test_resume_of_a_finished_run_says_so(capsys):
+    run(train, f"{LINE} --steps 3 --out out")
+    assert "finished" in error_message(train, "--resume out", capsys)
+
+
+@pytest.mark.parametrize("dir", ["absent", "base", "data.jsonl"])
+def test_resume_of_what_is_not_a_run(dir, capsys):
+    assert dir in error_message(train, f"--resume {dir}", capsys)
