@@ -266,6 +266,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_x_chunk.copy_(grad_logits @ weight)
                 if grad_weight is not None:
                     grad_weight += grad_logits.T @ x_chunk
+            log_probs = grad_logits = None  # free them before the next chunk
         ctx.N = N
         ctx.save_for_backward(grad_x, grad_weight)
         return loss / N
