@@ -3,9 +3,9 @@
 Notable:
 - The logits equal OpenAI's: pre-norm blocks, learned positions, tanh GELU, tied head.
 - The fused `c_attn` is three `nn.Linear`s here, so LoRA can adapt `c_q` and `c_v`.
-- The loss is computed in chunks: the logits of a whole batch are never in memory.
+- The loss is computed in chunks: a large batch's logits are never all in memory.
 - Generation uses a preallocated KV cache and yields one token per step.
-- Model folders use Hugging Face's layout: `transformers` reads ours, and vice versa.
+- Model folders use Hugging Face's layout: `transformers` and we read each other's.
 - Shapes: B sequences, T tokens, C = n_embd, V = vocab_size, H = n_head.
 """
 
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path = None  # where from_pretrained found the weights
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # and the output head
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -161,7 +161,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue the prompts idx (B, T): yield one (B,) tensor of token ids per step.
 
-        It does not stop at the end-of-text token: the caller must break the loop.
+        It does not stop at the end-of-text token: the caller must end the loop.
         temperature: divides the logits; 0 is greedy.
         top_k: sample from the k most likely tokens only.
         generator: a torch.Generator on the model's device, for repeatable samples.
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         atomic_write(dir / "model.safetensors", lambda tmp: save_file(tensors, tmp, PT_FORMAT))
         base = None if is_openai_model(self.name_or_path) else self.name_or_path
         for filename in TOKENIZER_FILES:  # the model keeps its base's tokenizer
-            path = base and find_file(base, filename, required=False)
+            path = find_file(base, filename, required=False) if base else None
             if path is None:
                 (dir / filename).unlink(missing_ok=True)  # left by another model
             else:
@@ -230,7 +230,7 @@ class GPT(nn.Module):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x Wᵀ, computed for a chunk of rows at a time.
+    """Mean cross-entropy of the logits x Wᵀ, computed a chunk of rows at a time.
 
     GPT-2's logits for 8 x 512 tokens take 0.8 GB, and their gradient as much again.
     But the gradient has a closed form:
@@ -247,7 +247,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         N, V = len(x), len(weight)
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)
-        needs_grad = ctx.needs_input_grad[0]  # False under no_grad, where [1] may be True
+        needs_grad = ctx.needs_input_grad[0]  # under no_grad, x needs none, but weight may
         grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
         n_chunks = max(1, round(N * V / 12.5e6))  # about 50 MB of logits per chunk
         chunks = (t.tensor_split(n_chunks) for t in (x, targets, grad_x))
@@ -274,7 +274,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         scale = grad_output / ctx.N
-        return *(grad if grad is None else grad * scale for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else grad * scale for grad in ctx.saved_tensors), None, None
 
 
 PT_FORMAT = {"format": "pt"}  # metadata that transformers requires
@@ -289,7 +289,7 @@ REQUIRED_CONFIG |= dict(add_cross_attention=False, tie_word_embeddings=True)
 
 def find_file(name_or_dir, filename, required=True):
     """The path of a file in a folder or on the Hub; None if missing and not required.
-    A name that exists as a folder or looks like a path is a folder. Raises OSError."""
+    A name that exists as a folder or looks like a path counts as a folder. Raises OSError."""
     path = Path(name_or_dir, filename).expanduser()
     if path.parent.is_dir() or path.is_absolute() or str(name_or_dir).startswith((".", "out/")):
         return path if required or path.exists() else None
@@ -325,7 +325,7 @@ def load_config(name_or_dir):
     path = find_file(name_or_dir, "config.json")
     config = json.loads(path.read_bytes())
     for key, value in REQUIRED_CONFIG.items():
-        if config.get(key, value) not in (value, 4 * config.get("n_embd", 0)):  # n_inner
+        if config.get(key, value) not in (value, 4 * config.get("n_embd", 768)):  # n_inner
             raise ValueError(f"{path}: {key} is {config[key]!r}, but GPT-2 has {value!r}")
     config["block_size"] = config.get("n_positions", 1024)
     return GPTConfig(**{key: config[key] for key in vars(GPTConfig()) if key in config})
@@ -384,7 +384,7 @@ def load_tokenizer(name_or_dir):
         raise ValueError(f"{name_or_dir}: its tokenizer needs vocab.json and merges.txt")
     else:  # no tokenizer files, and at least GPT-2's vocabulary
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    if max(ranks.values()) >= config.vocab_size:
+    if max(*ranks.values(), config.eos_token_id) >= config.vocab_size:
         raise ValueError(f"{name_or_dir}: token ids exceed vocab_size {config.vocab_size}")
     # Name all other ids, so that whatever a model generates can be decoded.
     unused_ids = set(range(config.vocab_size)) - {*ranks.values(), config.eos_token_id}

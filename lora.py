@@ -82,7 +82,7 @@ def replace_layers(model, layers):
         unmerge_lora(model)
     model.requires_grad_(False)
     linears = {name: layer.linear for name, layer in lora_layers(model).items()}
-    for name, module in (linears | layers).items():
+    for name, module in (linears | layers).items():  # new layers win
         model.set_submodule(name, module)
 
 
@@ -128,7 +128,7 @@ def peft_name(name):
 def save_lora(model, dir):
     """Write the adapter to a folder, for `load_lora` and PEFT's `from_pretrained`."""
     layers = lora_layers(model)
-    if not layers or any(re.match(r"(?!h\.)|.*_orig_mod", name) for name in layers):
+    if not layers or any(n[:2] != "h." or "_orig_mod" in n for n in layers):
         raise ValueError("nothing to save: LoRA layers are absent, merged or wrapped")
     tensors, ranks, alphas = {}, {}, {}
     for fused in dict.fromkeys(map(peft_name, layers)):
@@ -146,7 +146,7 @@ def save_lora(model, dir):
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", fan_in_fan_out=True)
     config |= dict(base_model_name_or_path=model.name_or_path, target_modules=list(ranks))
     config |= dict(r=len(A), rank_pattern=ranks, lora_dropout=parts[0].dropout)
-    config |= dict(lora_alpha=alphas[fused], alpha_pattern=alphas)
+    config |= dict(lora_alpha=alphas[fused], alpha_pattern=alphas)  # the patterns win
     metadata = {name: [layer.r, layer.alpha] for name, layer in layers.items()}
     metadata = dict(format="pt", layers=json.dumps(metadata), n_layer=str(len(model.h)))
     dir, config = Path(dir), json.dumps(config, indent=2)
@@ -184,11 +184,12 @@ def load_lora(model, dir):
         B = B.chunk(3)[QKV.index(name[-3:])] if name[-3:] in QKV else B
         if name in saved_layers:
             r, alpha = saved_layers[name]  # in the order q, k, v
-            start = sum(len(layers[n].lora_A) for n in layers if peft_name(n) == fused)
-            A, B = A[start : start + r], B[:, start : start + r]
+            n_used = sum(len(layers[n].lora_A) for n in layers if peft_name(n) == fused)
+            A, B = A[n_used : n_used + r], B[:, n_used : n_used + r]
         else:
+            # The default comes last: its pattern, "", fits all names.
             alpha = next(alphas[p] for p in alphas if re.search(rf"\b({p})$", fused))
-        if (len(B), A.shape[1]) != linears[name].weight.shape:
+        if (len(B), A.shape[1]) != linears[name].weight.shape or len(A) != B.shape[1]:
             raise ValueError(f"{dir} does not fit this model: the shape of {name} differs")
         layers[name] = LoRALinear(linears[name], len(A), alpha, config["lora_dropout"])
         layers[name].load_state_dict({"lora_A": A, "lora_B": B}, strict=False)

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-# Keep idle threads from spinning, or two runs at once slow each other 40-fold.
+# Keep idle threads from spinning, or two runs at once slow each other down 40-fold.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -70,7 +70,7 @@ def cli_errors(parser):
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        parser.error("out of memory: use a smaller --batch-size, or a smaller --model")
+        parser.error("out of memory: use a smaller batch (--batch-size) or a smaller --model")
 
 
 def pick_device(name=None):
@@ -95,9 +95,9 @@ def main(argv=None):
     add("--merge", action="store_true", help="merge the adapter first: faster")
     add("--prompt", default="", help="text to continue (default: start a new text)")
     add("--max-new-tokens", type=int, help="default: 200, or as many as fit")
-    add("--temperature", type=float, default=0.7, help="0 is greedy (0.7)")
+    add("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     add("--top-k", type=int, help="sample from the K most likely tokens only")
-    add("--seed", type=int, default=0, help="random seed (0)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)

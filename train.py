@@ -33,7 +33,7 @@ FILE_RECIPE = e2e.RECIPE | {"epochs": 3, "label_smoothing": 0.0, "lora_dropout":
 
 def make_parser():
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.description = "Fine-tune GPT-2. (Defaults); * depends on --data."
+    parser.description = "Fine-tune GPT-2. Defaults are in (); * means it depends on --data."
     add = parser.add_argument
     add("--data", default="toy:pirate", help="toy:VOICE, e2e, X.txt, X.jsonl")
     add("--model", help="gpt2, gpt2-medium, ..., a folder, or new: random weights *")
@@ -47,13 +47,13 @@ def make_parser():
     add("--grad-accum", type=int, default=1, help="micro-batches per step (1)")
     add("--lr", type=float, help="peak learning rate *")
     add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
-    add("--warmup", type=int, help="steps of linear warmup, before linear decay *")
+    add("--warmup", type=int, help="steps of linear warmup; then linear decay *")
     add("--label-smoothing", type=float, help="in the training loss *")
     add("--seed", type=int, default=0, help="random seed (0)")
     add("--eval-every", type=int, help="steps between evaluations *")
     add("--save-every", type=float, default=5, help="minutes between checkpoints (5)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="compute dtype *")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(by device)")
     add("--compile", action="store_true", help="slow start, then faster steps")
     add("--out", help="folder for all results (out/MODEL-DATA)")
     add("--resume", metavar="DIR", help="continue the run in DIR, with its settings")
@@ -61,7 +61,7 @@ def make_parser():
 
 
 def resolve_settings(args, n_examples=None):
-    """Set what the command line left open. Settings marked * come from a recipe."""
+    """Set what the command line left open, from the recipe for the data."""
     task = TASKS.get(args.data.partition(":")[0])
     for key, value in (FILE_RECIPE | (task.RECIPE if task else {})).items():
         if getattr(args, key, None) is None:
@@ -83,7 +83,7 @@ def default_args(**overrides):
 
 
 def load_data(data, tokenizer, block_size):
-    """(train_data, at most 256 val_data) for any --data. Raises OSError or ValueError."""
+    """(train_data, val_data: at most 256) for any --data. Raises OSError or ValueError."""
     (task_name, _, subset), suffix = data.partition(":"), Path(data).suffix.lower()
     task = TASKS.get(task_name)
     if task or suffix == ".jsonl":
@@ -102,7 +102,7 @@ def load_data(data, tokenizer, block_size):
     if n_kept < n_read:
         print(f"{data}: {n_kept} of {n_read} examples fit in {block_size} tokens")
     if n_kept <= n_read / 2:
-        raise ValueError(f"{data} is empty, or too long for the context of the base")
+        raise ValueError(f"{data} is empty, or half its examples exceed the context")
     if len(splits) == 1:
         n_train = math.ceil(0.95 * n_kept)  # the last twentieth is for validation
         splits = [splits[0][:n_train], splits[0][n_train:]]
@@ -130,7 +130,7 @@ def collate(examples, device):
 def train(model, train_data, val_data, args, on_log=None, optimizer=None):
     """Train all parameters that require gradients. Returns the log, a list of metrics.
 
-    args: from `default_args`. Training resumes from a checkpoint in args.out, if there.
+    args: from `default_args`. Training resumes from a checkpoint in args.out, if any.
     on_log: called with each new dict of metrics.
     optimizer: used instead of AdamW. Each group's lr is its peak learning rate.
     Raises FloatingPointError if the loss is not finite.
@@ -142,7 +142,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
     device, weight_dtype = model.wte.weight.device, model.wte.weight.dtype
     dtype = getattr(torch, args.dtype) if args.dtype else weight_dtype
     # LoRA: frozen weights have this dtype, LoRALinear casts A and B, autocast is off.
-    # Full fine-tuning: weights are float32, autocast casts them for each product.
+    # Full fine-tuning: weights are float32; autocast casts them for each product.
     autocast = torch.autocast(device.type, dtype, enabled=dtype != weight_dtype)
     # Small float16 gradients underflow. Scaling up the loss prevents this.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -187,7 +187,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
         steps_done = step + 1
 
         # Log and evaluate. Only train_loss includes dropout and label smoothing.
-        should_eval = steps_done % args.eval_every == 0 or steps_done == args.steps
+        should_eval = steps_done % (args.eval_every or args.steps) == 0 or step + 1 == args.steps
         if should_eval or steps_done % max(1, args.eval_every // 5) == 0:
             train_loss = float(running_loss) / (steps_done - (log[-1]["step"] if log else 0))
             if not math.isfinite(train_loss):
@@ -244,7 +244,7 @@ def evaluate(model, data, batch_size):
 
 
 def write_log(out, log):
-    rows = [log[0], *(metrics.values() for metrics in log)]  # the keys are the header
+    rows = [log[0].keys(), *(metrics.values() for metrics in log)]
     text = "".join(",".join(map(str, row)) + "\n" for row in rows)
     atomic_write(Path(out, "log.csv"), lambda tmp: tmp.write_text(text))
 
@@ -258,7 +258,7 @@ def print_metrics(metrics):
 def load_base(name, dtype=torch.float32, device="cpu"):
     """Load a trained GPT. If the tiny base model is missing, train it first."""
     if str(name) == sample.TINY and not Path(name, "model.safetensors").exists():
-        print(f"Training {name} first, the base model. This happens once.")
+        print(f"Training the base model, {name}, first. This happens only once.")
         main(["--model", "new", "--data", "toy:all", "--steps", "600", "--out", name])
     if str(name) == sample.TINY and toy.VOCAB != json.loads(Path(name, "vocab.json").read_bytes()):
         print(f"warning: toy.py has new words; delete {name} to train it again with them")
@@ -292,7 +292,7 @@ def main(argv=None):
             run(args)
         except KeyboardInterrupt:
             has_checkpoint = args.out and Path(args.out, "checkpoint.pt").exists()
-            advice = f"add --resume {args.out}" if has_checkpoint else "nothing was saved yet"
+            advice = f"use --resume {args.out}" if has_checkpoint else "no checkpoint yet"
             parser.exit(130, f"\ninterrupted: {advice}\n")
 
 
@@ -324,14 +324,14 @@ def run(args):
     n_params = sum(p.numel() for p in model.parameters())
     pairs = task.load_pairs(subset)[1][:256] if hasattr(task, "metrics") else []
     prompts = [prompt for prompt, _ in pairs]
-    base_texts = sample.generate_texts(model, tokenizer, prompts, seed=1)
+    base_texts = sample.generate_texts(model, tokenizer, prompts)
     if not is_full:
         torch.manual_seed(args.seed)
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model  {args.model}: {n_params:,} parameters, {args.dtype} on {device}")
     print(f"{args.method}   {n_trainable:,} trainable parameters, {args.steps} steps, lr {args.lr}")
-    print(f"data   {args.data}: {len(train_data):,} examples, {len(val_data):,} for validation")
+    print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
     if args.compile:
         for block in model.h:
             block.compile()

@@ -171,7 +171,7 @@ def compute_bleu(outputs, references):
 
 
 def load_microsoft_adapter(model, path):
-    """Put an adapter of the authors (gpt2_md_lora_e2e.pt, ...) on a plain model.
+    """Put one of the authors' adapters (gpt2_md_lora_e2e.pt, ...) on a plain model.
 
     They adapt the query and value parts of c_attn and stack the two: lora_A (2r, C) is
     [A_q; A_v], lora_B (2C, r) is [B_q; B_v]. Their alpha, 32, is not in the file.
@@ -183,7 +183,7 @@ def load_microsoft_adapter(model, path):
         state_dict = state_dict.get("model_state_dict", state_dict)
         tensors = {name[name.index("h.") :]: w for name, w in state_dict.items() if "lora_" in name}
         add_lora(model, r=len(tensors["h.0.attn.c_attn.lora_A"]) // 2, alpha=32)
-        assert len(tensors) == len(lora_layers(model))  # A and B here, c_q and c_v there
+        assert len(tensors) == len(lora_layers(model))  # 2 per block: A, B; c_q, c_v
         for name, layer in lora_layers(model).items():
             A, B = (tensors[f"{name[:-3]}c_attn.lora_{AB}"].chunk(2) for AB in "AB")
             part = ["c_q", "c_v"].index(name[-3:])
@@ -198,7 +198,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", required=True, help="base model")
     add("--lora", help="adapter folder, or one of the authors' .pt files")
-    add("--data", default="e2e", help="e2e (its test set), e2e:FILE or FILE.jsonl (e2e)")
+    add("--data", default="e2e", help="e2e: its test set, e2e:FILE or FILE.jsonl (e2e)")
     add("--out", required=True, help="file for the outputs; references go beside it")
     add("--num-beams", type=int, default=10, help="beams to keep; 1 is greedy (10)")
     # 0.8 as in the authors' commands; the paper's table 11 says 0.9.

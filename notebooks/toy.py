@@ -90,7 +90,7 @@ def phrase(slot, value, voice):
 
 
 def make_pairs(restaurants, voices):
-    """(prompt, completion) of each restaurant in each voice, in a random template."""
+    """(prompt, completion) for each restaurant in each voice, from a random template."""
     rng = random.Random(0)
     pairs = []
     for restaurant, voice in itertools.product(restaurants, voices):
