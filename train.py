@@ -292,7 +292,7 @@ def main(argv=None):
             run(args)
         except KeyboardInterrupt:
             has_checkpoint = args.out and Path(args.out, "checkpoint.pt").exists()
-            advice = f"use --resume {args.out}" if has_checkpoint else "no checkpoint yet"
+            advice = f"use --resume {args.out}" if has_checkpoint else "nothing was saved yet"
             parser.exit(130, f"\ninterrupted: {advice}\n")
 
 
