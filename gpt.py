@@ -5,7 +5,7 @@ Notable:
 - The fused `c_attn` is three `nn.Linear`s here, so LoRA can adapt `c_q` and `c_v`.
 - The loss is computed in chunks: a large batch's logits are never all in memory.
 - Generation uses a preallocated KV cache and yields one token per step.
-- Model folders use Hugging Face's layout: `transformers` and we read each other's.
+- Model folders have Hugging Face's layout, as `transformers` reads and writes it.
 - Shapes: B sequences, T tokens, C = n_embd, V = vocab_size, H = n_head.
 """
 
@@ -324,8 +324,9 @@ def load_config(name_or_dir):
     """The GPTConfig in config.json. Raises OSError, or ValueError if not a GPT-2."""
     path = find_file(name_or_dir, "config.json")
     config = json.loads(path.read_bytes())
+    # n_inner may also be written out, as 4 * n_embd.
     for key, value in REQUIRED_CONFIG.items():
-        if config.get(key, value) not in (value, 4 * config.get("n_embd", 768)):  # n_inner
+        if config.get(key, value) not in (value, 4 * config.get("n_embd", 768)):
             raise ValueError(f"{path}: {key} is {config[key]!r}, but GPT-2 has {value!r}")
     config["block_size"] = config.get("n_positions", 1024)
     return GPTConfig(**{key: config[key] for key in vars(GPTConfig()) if key in config})
@@ -358,7 +359,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt")
 EOS = "<|endoftext|>"  # GPT-2's only special token
 # BPE works within these pieces: words with their leading space, numbers, the rest.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Both files store bytes as printable characters: "a" stays "a", a space becomes "Ġ".
+# The two files write bytes as printable characters: "a" is "a", a space is "Ġ".
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 CHAR_TO_BYTE = {chr(byte): byte for byte in PRINTABLE}
@@ -401,8 +402,7 @@ def load_bpe_ranks(vocab_path, merges_path):
     is_byte_level = all(token in vocab and set(token) <= set(CHAR_TO_BYTE) for token in tokens)
     if not is_byte_level or merged_tokens != sorted(merged_tokens, key=vocab.get):
         raise ValueError(f"{vocab_path} is not a byte-level BPE with ids in merge order")
-    ranks = {bytes(CHAR_TO_BYTE[c] for c in token): vocab[token] for token in tokens}
-    return ranks
+    return {bytes(CHAR_TO_BYTE[c] for c in token): vocab[token] for token in tokens}
 
 
 def encode_text(tokenizer, text):
