@@ -1,17 +1,15 @@
 """GPT-2 (Radford et al., 2019) in one file: model, loss, generation, files, tokenizer.
 
-Notable:
-- The logits equal OpenAI's: pre-norm blocks, learned positions, tanh GELU, tied head.
+- The logits match OpenAI's: pre-norm blocks, learned positions, tanh GELU, tied head.
 - The fused `c_attn` is three `nn.Linear`s here, so LoRA can adapt `c_q` and `c_v`.
-- The loss is computed in chunks: a large batch's logits are never all in memory.
+- The loss is computed in chunks, so a large batch's logits are never all in memory.
 - Generation uses a preallocated KV cache and yields one token per step.
-- Model folders have Hugging Face's layout, as `transformers` reads and writes it.
+- Model folders use Hugging Face's layout: `transformers` can read and write them.
 - Shapes: B sequences, T tokens, C = n_embd, V = vocab_size, H = n_head.
 """
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,18 +44,18 @@ class CausalSelfAttention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, kv_cache=None, start_pos=0):
+    def forward(self, x, layer_cache=None, start_pos=0):
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C / H)
         k = self.c_k(x).view(B, T, self.n_head, -1).transpose(1, 2)
         v = self.c_v(x).view(B, T, self.n_head, -1).transpose(1, 2)
-        if kv_cache is not None:  # add k and v, then attend to all tokens so far
-            k_cache, v_cache = kv_cache  # each (B, H, max_length, C / H)
+        if layer_cache is not None:  # store k and v, then attend to all tokens so far
+            k_cache, v_cache = layer_cache  # each (B, H, max_length, C / H)
             k_cache[:, :, start_pos : start_pos + T] = k
             v_cache[:, :, start_pos : start_pos + T] = v
             k, v = k_cache[:, :, : start_pos + T], v_cache[:, :, : start_pos + T]
-        # No mask for one new token. (Testing T alone would make torch.compile recompile.)
-        is_causal = kv_cache is None or T > 1
+        # A prompt needs the causal mask. One new token does not: it sees all keys.
+        is_causal = layer_cache is None or T > 1  # T > 1 alone would do, but recompile for each T
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
@@ -84,8 +82,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv_cache=None, start_pos=0):
-        x = x + self.attn(self.ln_1(x), kv_cache, start_pos)
+    def forward(self, x, layer_cache=None, start_pos=0):
+        x = x + self.attn(self.ln_1(x), layer_cache, start_pos)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -112,8 +110,8 @@ class GPT(nn.Module):
     def compute_hidden_states(self, idx, kv_cache=None, start_pos=0):
         """The output (B, T, C) of the last LayerNorm for the token ids idx (B, T).
 
-        kv_cache, start_pos: idx is appended to the cache, at position start_pos. Either
-            start_pos is 0 (the prompt), or T is 1 (the next token).
+        kv_cache, start_pos: the keys and values of idx go into the cache at start_pos.
+            Either start_pos is 0 (the prompt), or T is 1 (the next token).
         """
         T = idx.shape[1]
         assert kv_cache is None or start_pos == 0 or T == 1
@@ -135,10 +133,10 @@ class GPT(nn.Module):
         x = self.compute_hidden_states(idx)
         if targets is None:
             return F.linear(x, self.wte.weight)
-        # Drop rows without a target. With targets on the CPU, this does not wait for a GPU.
-        rows = (targets != -100).flatten().nonzero().squeeze(1)
-        x = x.flatten(0, 1)[rows.to(x.device, non_blocking=True)]
-        targets = targets.flatten()[rows].to(x.device, non_blocking=True)
+        # Keep only positions with a target. If targets are on the CPU, this waits for no GPU.
+        positions = (targets != -100).flatten().nonzero().squeeze(1)
+        x = x.flatten(0, 1)[positions.to(x.device, non_blocking=True)]
+        targets = targets.flatten()[positions].to(x.device, non_blocking=True)
         return ChunkedCrossEntropy.apply(x, self.wte.weight, targets, label_smoothing)
 
     def new_kv_cache(self, batch_size, max_length):
@@ -154,19 +152,20 @@ class GPT(nn.Module):
         # GPT-2's logits are near -100, where bfloat16 has steps of 0.5.
         x = self.compute_hidden_states(idx, kv_cache, start_pos)[:, -1].float()
         # On a CPU, PyTorch multiplies one row on one core, but two rows on all cores.
-        rows = x.repeat(2, 1) if len(x) == 1 else x
-        return (self.wte.weight.float() @ rows.T).T[: len(x)]
+        padded_x = x.repeat(2, 1) if len(x) == 1 else x
+        return (self.wte.weight.float() @ padded_x.T).T[: len(x)]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue the prompts idx (B, T): yield one (B,) tensor of token ids per step.
 
-        It does not stop at the end-of-text token: the caller must end the loop.
+        Generation does not stop at the end-of-text token: the caller must end the loop.
         temperature: divides the logits; 0 is greedy.
         top_k: sample from the k most likely tokens only.
         generator: a torch.Generator on the model's device, for repeatable samples.
         """
-        kv_cache, start_pos = self.new_kv_cache(len(idx), idx.shape[1] + max_new_tokens), 0
+        kv_cache = self.new_kv_cache(len(idx), idx.shape[1] + max_new_tokens)
+        start_pos = 0
         for _ in range(max_new_tokens):
             logits = self.next_token_logits(idx, kv_cache, start_pos)  # (B, V)
             start_pos += idx.shape[1]  # T for the prompt, then 1
@@ -192,13 +191,12 @@ class GPT(nn.Module):
         try:
             model.load_state_dict(load_weights(path, dtype, device), assign=True)
         except (RuntimeError, SafetensorError) as error:
-            message = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} is damaged or does not fit config.json: {message}") from None
+            raise ValueError(f"{path} is damaged or does not fit: {str(error)[:300]}") from None
         model.name_or_path = str(name_or_dir)
         return model.eval()
 
     def save_pretrained(self, dir):
-        """Write config.json, weights and tokenizer files, for `transformers` too."""
+        """Write config.json, weights and tokenizer files that `transformers` can load."""
         weights = self.state_dict()
         with torch.device("meta"):
             unexpected = weights.keys() - GPT(self.config).state_dict().keys()
@@ -211,54 +209,57 @@ class GPT(nn.Module):
                 name = name.replace("c_q", "c_attn")
             if ".c_k." not in name and ".c_v." not in name:  # c_attn has these
                 tensors[f"transformer.{name}"] = transpose_conv1d(name, weight).contiguous()
-        config = vars(self.config) | REQUIRED_CONFIG
-        config |= dict(
-            architectures=["GPT2LMHeadModel"],
-            n_positions=config["block_size"],
-            bos_token_id=config["eos_token_id"],
-        )
-        dir, text = Path(dir), json.dumps(config, indent=2)
+        hf_config = vars(self.config) | REQUIRED_CONFIG | {"architectures": ["GPT2LMHeadModel"]}
+        hf_config["n_positions"] = self.config.block_size
+        hf_config["bos_token_id"] = self.config.eos_token_id
+        dir, text = Path(dir), json.dumps(hf_config, indent=2)
         atomic_write(dir / "config.json", lambda tmp: tmp.write_text(text))
-        atomic_write(dir / "model.safetensors", lambda tmp: save_file(tensors, tmp, PT_FORMAT))
-        base = None if is_openai_model(self.name_or_path) else self.name_or_path
-        for filename in TOKENIZER_FILES:  # the model keeps its base's tokenizer
-            path = find_file(base, filename, required=False) if base else None
+        save_tensors = partial(save_file, tensors, metadata={"format": "pt"})
+        atomic_write(dir / "model.safetensors", save_tensors)
+        tokenizer_dir = None if is_openai_model(self.name_or_path) else self.name_or_path
+        for filename in TOKENIZER_FILES:  # copy the base's; OpenAI's tokenizer needs none
+            path = tokenizer_dir and find_file(tokenizer_dir, filename, required=False)
             if path is None:
                 (dir / filename).unlink(missing_ok=True)  # left by another model
             else:
-                atomic_write(dir / filename, lambda tmp, path=path: shutil.copyfile(path, tmp))
+                atomic_write(dir / filename, partial(Path.write_bytes, data=path.read_bytes()))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x Wᵀ, computed a chunk of rows at a time.
 
     GPT-2's logits for 8 x 512 tokens take 0.8 GB, and their gradient as much again.
-    But the gradient has a closed form:
+    But the gradient of the summed loss has a closed form:
 
-        d loss / d logits = (softmax(logits) - target distribution) / N
+        d loss / d logits = softmax(logits) - target distribution
 
     So the forward pass computes each chunk's logits, loss and gradients, then frees the
-    logits. With label smoothing s, the target distribution is (1 - s) one-hot + s / V.
+    logits. The backward pass only divides by N, for the mean. With label smoothing s,
+    the target distribution is (1 - s) one-hot + s / V.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, label_smoothing):
         # x (N, C), weight (V, C), targets (N,)
         N, V = len(x), len(weight)
-        loss = torch.zeros((), device=x.device)
+        total_loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)
-        needs_grad = ctx.needs_input_grad[0]  # under no_grad, x needs none, but weight may
+        needs_grad = ctx.needs_input_grad[0]  # x's: no_grad makes it False, but not weight's
         grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
-        n_chunks = max(1, round(N * V / 12.5e6))  # about 50 MB of logits per chunk
+        n_chunks = max(1, round(N * V / 16e6))  # about 64 MB of logits per chunk
         chunks = (t.tensor_split(n_chunks) for t in (x, targets, grad_x))
         for x_chunk, target_chunk, grad_x_chunk in zip(*chunks, strict=True):
             rows = torch.arange(len(target_chunk), device=x.device)
-            log_probs = F.linear(x_chunk, weight).float().log_softmax(-1)  # (rows, V)
-            loss -= (1 - label_smoothing) * log_probs[rows, target_chunk].sum()
+            # In place to save memory: the logits, then exp(logits), then the gradient.
+            logits = F.linear(x_chunk, weight).float()  # (rows, V)
+            logits -= logits.amax(-1, keepdim=True)  # so that exp cannot overflow
+            total_loss -= (1 - label_smoothing) * logits[rows, target_chunk].sum()
             if label_smoothing:
-                loss -= label_smoothing / V * log_probs.sum()
+                total_loss -= label_smoothing / V * logits.sum()
+            exp_sum = logits.exp_().sum(-1, keepdim=True)
+            total_loss += exp_sum.log().sum()
             if needs_grad:
-                grad_logits = log_probs.exp_()  # softmax, in place to save memory
+                grad_logits = logits.div_(exp_sum)  # softmax(logits)
                 if label_smoothing:
                     grad_logits -= label_smoothing / V
                 grad_logits[rows, target_chunk] -= 1 - label_smoothing
@@ -266,10 +267,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_x_chunk.copy_(grad_logits @ weight)
                 if grad_weight is not None:
                     grad_weight += grad_logits.T @ x_chunk
-            log_probs = grad_logits = None  # free them before the next chunk
+            logits = grad_logits = None  # free them before the next chunk
         ctx.N = N
         ctx.save_for_backward(grad_x, grad_weight)
-        return loss / N
+        return total_loss / N
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -277,11 +278,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if grad is None else grad * scale for grad in ctx.saved_tensors), None, None
 
 
-PT_FORMAT = {"format": "pt"}  # metadata that transformers requires
 QKV = ("c_q", "c_k", "c_v")  # the parts of the fused layer c_attn, in order
 IGNORED_KEYS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks, tied head
-# Settings that affect the results. A config.json with other values is refused.
-REQUIRED_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", n_inner=None)
+# Settings that affect the results. A config.json with other values is rejected.
+REQUIRED_CONFIG = dict(model_type="gpt2", activation_function="gelu_new")
 REQUIRED_CONFIG |= dict(layer_norm_epsilon=1e-5, scale_attn_weights=True)
 REQUIRED_CONFIG |= dict(scale_attn_by_inverse_layer_idx=False)
 REQUIRED_CONFIG |= dict(add_cross_attention=False, tie_word_embeddings=True)
@@ -294,42 +294,40 @@ def find_file(name_or_dir, filename, required=True):
     if path.parent.is_dir() or path.is_absolute() or str(name_or_dir).startswith((".", "out/")):
         return path if required or path.exists() else None
     if not required and try_to_load_from_cache(name_or_dir, filename) is _CACHED_NO_EXIST:
-        return None
+        return None  # known to be missing: no request, so this works offline
     try:
         return Path(hf_hub_download(name_or_dir, filename))
-    except Exception as error:  # the Hub client raises many libraries' errors
+    except Exception as error:  # the Hub client lets errors from many libraries through
         if isinstance(error, RemoteEntryNotFoundError) and not required:
             return None
-        details = " ".join(str(error).split())
-        raise OSError(f"cannot get {filename} of '{name_or_dir}' from the Hub: {details}") from None
+        raise OSError(f"{name_or_dir}: cannot get {filename} from the Hub: {error}") from None
 
 
 def atomic_write(path, write):
-    """Call write(temporary path), then rename it, so that nobody reads half a file."""
+    """Call write(tmp), then rename tmp to path, so that nobody reads half a file."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         tmp.touch()
-        mode = tmp.stat().st_mode  # follows the user's umask; safetensors' files do not
+        permissions = tmp.stat().st_mode  # from the umask; save_file would change them
         write(tmp)
-        tmp.chmod(mode)
+        tmp.chmod(permissions)
         tmp.replace(path)
-    except (RuntimeError, SafetensorError) as error:  # how these report a full disk
+    except (RuntimeError, SafetensorError) as error:  # raised when the disk is full
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
         tmp.unlink(missing_ok=True)
 
 
 def load_config(name_or_dir):
-    """The GPTConfig in config.json. Raises OSError, or ValueError if not a GPT-2."""
+    """The GPTConfig in config.json. Raises OSError, or ValueError if it is not GPT-2."""
     path = find_file(name_or_dir, "config.json")
-    config = json.loads(path.read_bytes())
-    # n_inner may also be written out, as 4 * n_embd.
+    hf_config = json.loads(path.read_bytes())
     for key, value in REQUIRED_CONFIG.items():
-        if config.get(key, value) not in (value, 4 * config.get("n_embd", 768)):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, but GPT-2 has {value!r}")
-    config["block_size"] = config.get("n_positions", 1024)
-    return GPTConfig(**{key: config[key] for key in vars(GPTConfig()) if key in config})
+        if hf_config.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {hf_config[key]!r}, but GPT-2 has {value!r}")
+    hf_config["block_size"] = hf_config.get("n_positions", 1024)
+    return GPTConfig(**{key: hf_config[key] for key in vars(GPTConfig()) if key in hf_config})
 
 
 def transpose_conv1d(name, weight):
@@ -338,28 +336,31 @@ def transpose_conv1d(name, weight):
 
 
 def load_weights(path, dtype, device):
-    """Our state dict from a model.safetensors: c_attn is split into three."""
+    """The state dict of our model from a model.safetensors."""
     weights = {}
     with safe_open(path, "pt") as file:
         keys = [key for key in file.keys() if not key.endswith(IGNORED_KEYS)]
-    for key in keys:
-        with safe_open(path, "pt") as file:  # reopened per tensor, to free its memory
+    for key in sorted(keys, reverse=True):  # wte, the largest, first: lowers the peak memory
+        with safe_open(path, "pt") as file:  # reopened each time, to free memory
             weight = transpose_conv1d(key, file.get_tensor(key))
-        name = key.removeprefix("transformer.")
-        our_names = [name.replace("c_attn", part) for part in QKV] if "c_attn" in name else [name]
-        for name, part in zip(our_names, weight.chunk(len(our_names)), strict=True):
-            weights[name] = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+        names = split_c_attn(key.removeprefix("transformer."))
+        for name, chunk in zip(names, weight.chunk(len(names)), strict=True):
+            weights[name] = torch.empty(chunk.shape, dtype=dtype, device=device).copy_(chunk)
     return weights
 
 
-# ---- The tokenizer ----
+def split_c_attn(name):
+    """Our names for a name in the files: c_attn is three layers here."""
+    is_fused = "c_attn" in name
+    return [name.replace("c_attn", part) for part in QKV] if is_fused else [name]
+
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 EOS = "<|endoftext|>"  # GPT-2's only special token
 # BPE works within these pieces: words with their leading space, numbers, the rest.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The two files write bytes as printable characters: "a" is "a", a space is "Ġ".
+# vocab.json and merges.txt represent bytes as printable characters: a space is "Ġ".
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 CHAR_TO_BYTE = {chr(byte): byte for byte in PRINTABLE}
@@ -378,12 +379,11 @@ def load_tokenizer(name_or_dir):
     config = load_config(name_or_dir)
     find = partial(find_file, name_or_dir, required=False)
     vocab_path, merges_path = map(find, TOKENIZER_FILES)
-    has_files = vocab_path or merges_path or find("tokenizer.json")
     if vocab_path and merges_path:
         ranks = load_bpe_ranks(vocab_path, merges_path)
-    elif has_files or config.vocab_size < 50257:
+    elif vocab_path or merges_path or find("tokenizer.json") or config.vocab_size < 50257:
         raise ValueError(f"{name_or_dir}: its tokenizer needs vocab.json and merges.txt")
-    else:  # no tokenizer files, and at least GPT-2's vocabulary
+    else:  # no tokenizer files, and a vocabulary as large as GPT-2's
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     if max(*ranks.values(), config.eos_token_id) >= config.vocab_size:
         raise ValueError(f"{name_or_dir}: token ids exceed vocab_size {config.vocab_size}")
@@ -399,10 +399,10 @@ def load_bpe_ranks(vocab_path, merges_path):
     lines = merges_path.read_text(encoding="utf-8").strip().split("\n")
     merged_tokens = [line.replace(" ", "") for line in lines if not line.startswith("#version")]
     tokens = [*CHAR_TO_BYTE, *merged_tokens]
-    is_byte_level = all(token in vocab and set(token) <= set(CHAR_TO_BYTE) for token in tokens)
+    is_byte_level = all(token in vocab and set(token) <= CHAR_TO_BYTE.keys() for token in tokens)
     if not is_byte_level or merged_tokens != sorted(merged_tokens, key=vocab.get):
         raise ValueError(f"{vocab_path} is not a byte-level BPE with ids in merge order")
-    return {bytes(CHAR_TO_BYTE[c] for c in token): vocab[token] for token in tokens}
+    return {bytes(map(CHAR_TO_BYTE.get, token)): vocab[token] for token in tokens}
 
 
 def encode_text(tokenizer, text):

@@ -21,11 +21,11 @@ import torch
 from gpt import EOS, GPT, encode_text, load_tokenizer
 from lora import load_lora, merge_lora
 
-TINY = "out/tiny"  # the base model that the first `python train.py` trains
+TINY_MODEL = "out/tiny"  # the base model that the first `python train.py` trains
 
 
 def batch_by_length(tokenizer, prompts, batch_size):
-    """Yield (indices, token ids (B, T)) of prompts of equal length: no padding is needed.
+    """Yield (indices, token ids (B, T)) of prompts of equal length: they need no padding.
 
     EOS is appended to each prompt. Longest first: memory runs out early or never.
     """
@@ -38,21 +38,20 @@ def batch_by_length(tokenizer, prompts, batch_size):
 
 
 def generate_texts(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed=0):
-    """One sampled completion for each prompt, from a model that was trained on pairs."""
-    eos_id, device, was_training = tokenizer.eot_token, model.wte.weight.device, model.training
+    """One sampled completion for each prompt, from a model trained on pairs."""
+    device, was_training = model.wte.weight.device, model.training
     generator = torch.Generator(device).manual_seed(seed)
     texts = [""] * len(prompts)
     model.eval()
-    for batch, idx in batch_by_length(tokenizer, prompts, batch_size=256):
+    for prompt_indices, idx in batch_by_length(tokenizer, prompts, batch_size=256):
         columns, is_finished, idx = [], False, idx.to(device)
-        for tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
-            columns.append(tokens)
-            is_finished |= tokens == eos_id
+        for next_tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
+            columns.append(next_tokens)  # (B,)
+            is_finished |= next_tokens == tokenizer.eot_token
             if is_finished.all():
                 break
-        for i, ids in zip(batch, torch.stack(columns, dim=1).tolist(), strict=True):
-            ids = ids[: ids.index(eos_id)] if eos_id in ids else ids
-            texts[i] = tokenizer.decode(ids).strip()
+        for i, ids in zip(prompt_indices, torch.stack(columns, dim=1).tolist(), strict=True):
+            texts[i] = tokenizer.decode(ids).split(EOS)[0].strip()
     model.train(was_training)
     return texts
 
@@ -92,7 +91,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", help="base model (default: the adapter's own, or out/tiny)")
     add("--lora", metavar="DIR", help="adapter folder")
-    add("--merge", action="store_true", help="merge the adapter first: faster")
+    add("--merge", action="store_true", help="merge the adapter first, for speed")
     add("--prompt", default="", help="text to continue (default: start a new text)")
     add("--max-new-tokens", type=int, help="default: 200, or as many as fit")
     add("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
@@ -106,29 +105,30 @@ def main(argv=None):
 
 
 def run(args):
-    base = args.model
-    if base is None and args.lora is not None:
+    base_name = args.model
+    if base_name is None and args.lora is not None:
         config = json.loads(Path(args.lora, "adapter_config.json").read_bytes())
-        base = config.get("base_model_name_or_path")
-    base = base or TINY
-    if base == TINY and not Path(base, "model.safetensors").exists():
-        raise FileNotFoundError(f"{TINY} is missing: run `python train.py` first")
+        base_name = config.get("base_model_name_or_path")
+    base_name = base_name or TINY_MODEL
+    if base_name == TINY_MODEL and not Path(base_name, "model.safetensors").exists():
+        raise FileNotFoundError(f"{TINY_MODEL} is missing: run `python train.py` first")
     device = pick_device(args.device)
-    model = GPT.from_pretrained(base, getattr(torch, args.dtype), device)
-    tokenizer = load_tokenizer(base)
+    model = GPT.from_pretrained(base_name, getattr(torch, args.dtype), device)
+    tokenizer = load_tokenizer(base_name)
     if args.lora is not None:
         load_lora(model, args.lora)
     if args.merge:
         merge_lora(model)
 
     prompt_ids = encode_text(tokenizer, args.prompt) or [tokenizer.eot_token]
-    space = max(1, model.config.block_size - len(prompt_ids))
-    n_tokens = min(200, space) if args.max_new_tokens is None else args.max_new_tokens
+    max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = min(200, max(1, model.config.block_size - len(prompt_ids)))
     idx = torch.tensor([prompt_ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may split a character
     print(args.prompt, end="", flush=True)
-    for token in model.generate(idx, n_tokens, args.temperature, args.top_k, generator):
+    for token in model.generate(idx, max_new_tokens, args.temperature, args.top_k, generator):
         if token.item() == tokenizer.eot_token:
             break
         token_bytes = tokenizer.decode_single_token_bytes(token.item())

@@ -3,7 +3,7 @@
     python train.py --model gpt2-medium --data e2e
     python -m notebooks.e2e --model gpt2-medium --lora out/gpt2-medium-e2e --out outputs.txt
 
-Facts, "name : The Vaults | food : Thai | ...", become a text about the restaurant.
+The model turns facts, "name : The Vaults | food : Thai | ...", into a text about a restaurant.
 With `--data FILE.jsonl`, the same works for other data, such as WebNLG and DART.
 `--lora FILE.pt` evaluates an adapter that the authors published.
 """
@@ -51,7 +51,7 @@ def download_e2e(filename):
             content = response.read()
         git_sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if git_sha1 != E2E_SHA1[filename]:
-            raise OSError(f"{E2E_URL}{filename} arrived damaged: try again")
+            raise OSError(f"{E2E_URL}{filename}: the download was corrupted; try again")
         atomic_write(path, lambda tmp: tmp.write_bytes(content))
     return path
 
@@ -63,10 +63,10 @@ def read_text(path):
 def read_pairs(path):
     """[(prompt, completion)] from a .jsonl file, or from lines like prompt||completion.
 
-    Raises OSError, or ValueError that names the line.
+    Raises OSError, or a ValueError that names the line.
     """
     is_jsonl = str(path).lower().endswith(".jsonl")
-    form = '{"prompt": "", "completion": ""}' if is_jsonl else "prompt||completion"
+    expected = '{"prompt": "", "completion": ""}' if is_jsonl else "prompt||completion"
     pairs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -78,7 +78,7 @@ def read_pairs(path):
             else:
                 prompt, completion = line.strip().split("||", 1)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: expected {form}") from None
+            raise ValueError(f"{path}, line {number}: expected {expected}") from None
         pairs.append((prompt, completion))
     return pairs
 
@@ -115,17 +115,17 @@ def beam_search(
         log_probs = logits.log_softmax(-1).view(B, num_beams, V)
         candidate_scores = (beam_scores[:, :, None] + log_probs).flatten(1)  # (B, beams * V)
         beam_scores, top_idx = candidate_scores.topk(num_beams)  # (B, num_beams)
-        beam_idx = (batch_offset + top_idx // V).flatten()  # the row that each beam continues
+        beam_idx = (batch_offset + top_idx // V).flatten()  # the row that it continues
         beam_tokens = (top_idx % V).view(-1, 1)
         sequences = torch.cat([sequences[beam_idx], beam_tokens], dim=1)
 
         is_finished = torch.isin(top_idx % V, eos_token_ids) | (length == max_new_tokens)
         finished_scores = beam_scores / length**length_penalty
         finished_scores = finished_scores.masked_fill(~is_finished, -torch.inf)
-        new_scores, new_beams = finished_scores.max(-1)  # (B,)
-        for b in (new_scores > best_scores).nonzero().flatten().tolist():
-            best_sequences[b] = sequences[b * num_beams + new_beams[b]].tolist()
-        best_scores = best_scores.maximum(new_scores)
+        top_finished_scores, top_finished_beams = finished_scores.max(-1)  # (B,)
+        for b in (top_finished_scores > best_scores).nonzero().flatten().tolist():
+            best_sequences[b] = sequences[b * num_beams + top_finished_beams[b]].tolist()
+        best_scores = best_scores.maximum(top_finished_scores)
         beam_scores = beam_scores.masked_fill(is_finished, -torch.inf)
         # Log p cannot rise. Stop when no beam can beat the best sequence.
         best_possible_scores = beam_scores.amax(-1) / max_new_tokens**length_penalty
@@ -139,12 +139,12 @@ def beam_search(
     return [[token for token in seq if token not in eos_token_ids] for seq in best_sequences]
 
 
-def ban_repeated_ngrams(logits, sequences, n):
+def ban_repeated_ngrams(logits, sequences, ngram_size):
     """In logits (R, V), ban tokens that would repeat an n-gram of sequences (R, L)."""
-    start = sequences.shape[1] - n + 1  # of the last n - 1 tokens
-    if n > 0 and start > 0:
-        ngrams = sequences.unfold(1, n, 1)  # (R, start, n)
-        is_repeated = (ngrams[:, :, :-1] == sequences[:, None, start:]).all(-1)
+    tail_start = sequences.shape[1] - ngram_size + 1  # of the last n - 1 tokens
+    if ngram_size > 0 and tail_start > 0:
+        ngrams = sequences.unfold(1, ngram_size, 1)  # (R, tail_start, n)
+        is_repeated = (ngrams[:, :, :-1] == sequences[:, None, tail_start:]).all(-1)
         rows, positions = is_repeated.nonzero(as_tuple=True)
         logits[rows, ngrams[rows, positions, -1]] = -torch.inf
 
@@ -171,7 +171,7 @@ def compute_bleu(outputs, references):
 
 
 def load_microsoft_adapter(model, path):
-    """Put one of the authors' adapters (gpt2_md_lora_e2e.pt, ...) on a plain model.
+    """Load one of the authors' adapters (gpt2_md_lora_e2e.pt, ...) into a plain model.
 
     They adapt the query and value parts of c_attn and stack the two: lora_A (2r, C) is
     [A_q; A_v], lora_B (2C, r) is [B_q; B_v]. Their alpha, 32, is not in the file.
@@ -185,9 +185,9 @@ def load_microsoft_adapter(model, path):
         add_lora(model, r=len(tensors["h.0.attn.c_attn.lora_A"]) // 2, alpha=32)
         assert len(tensors) == len(lora_layers(model))  # 2 per block: A, B; c_q, c_v
         for name, layer in lora_layers(model).items():
-            A, B = (tensors[f"{name[:-3]}c_attn.lora_{AB}"].chunk(2) for AB in "AB")
-            part = ["c_q", "c_v"].index(name[-3:])
-            layer.load_state_dict({"lora_A": A[part], "lora_B": B[part]}, strict=False)
+            fused, half = name[:-3] + "c_attn", ["c_q", "c_v"].index(name[-3:])
+            A, B = (tensors[f"{fused}.lora_{letter}"].chunk(2)[half] for letter in "AB")
+            layer.load_state_dict({"lora_A": A, "lora_B": B}, strict=False)
     except Exception as error:  # torch.load raises many kinds of error
         reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
         raise ValueError(f"{path} is not an adapter for this model ({reason})") from None
@@ -198,10 +198,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", required=True, help="base model")
     add("--lora", help="adapter folder, or one of the authors' .pt files")
-    add("--data", default="e2e", help="e2e: its test set, e2e:FILE or FILE.jsonl (e2e)")
+    add("--data", default="e2e", help="e2e for the E2E test set, e2e:FILE or FILE.jsonl (e2e)")
     add("--out", required=True, help="file for the outputs; references go beside it")
     add("--num-beams", type=int, default=10, help="beams to keep; 1 is greedy (10)")
-    # 0.8 as in the authors' commands; the paper's table 11 says 0.9.
+    # 0.8, as in the authors' commands; the paper's table 11 says 0.9.
     add("--length-penalty", type=float, default=0.8, help="higher: longer outputs (0.8)")
     add("--no-repeat-ngram-size", type=int, default=4, help="0 turns this off (4)")
     add("--max-new-tokens", type=int, default=64, help="token limit per output (64)")
@@ -238,16 +238,16 @@ def run(args):
 
     prompts, outputs = list(references), [""] * len(references)
     n_done = 0
-    for batch, idx in sample.batch_by_length(tokenizer, prompts, args.batch_size):
+    for prompt_indices, idx in sample.batch_by_length(tokenizer, prompts, args.batch_size):
         beam_options = (args.num_beams, args.max_new_tokens, args.length_penalty)
         beam_options += (args.no_repeat_ngram_size, eos_token_ids)
         sequences = beam_search(model, idx.to(device), *beam_options)
-        for i, token_ids in zip(batch, sequences, strict=True):
+        for i, token_ids in zip(prompt_indices, sequences, strict=True):
             outputs[i] = " ".join(tokenizer.decode(token_ids).split("\n\n")[0].split())
-        n_done += len(batch)
+        n_done += len(prompt_indices)
         print(f"\r{n_done} of {len(prompts)} prompts ", end="", flush=True)
-    # The layout of the official scorer: blocks of references separated by an empty line.
-    blocks = ["\n".join(block) + "\n" for block in references.values()]
+    # The official scorer's input format: blocks of references separated by a blank line.
+    blocks = ["\n".join(texts) + "\n" for texts in references.values()]
     for path, lines in ((out_path, [*outputs, ""]), (references_path, blocks)):
         atomic_write(path, partial(Path.write_text, data="\n".join(lines), encoding="utf-8"))
     print(f"\n{len(outputs)} outputs in {out_path}, their references in {references_path}")

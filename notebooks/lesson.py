@@ -1,6 +1,6 @@
 """What the notebooks share: progress, plots, verdicts, the cipher task, training runs, adapters.
 
-NOTEBOOK_QUICK=1 in the environment selects quick mode: one seed, few learning rates, a tenth of
+NOTEBOOK_QUICK=1 in the environment selects quick mode: one seed, fewer learning rates, a tenth of
 the steps. Tests use it to run every cell. Its results mean nothing.
 """
 
@@ -33,14 +33,14 @@ def quick(full, short):
 
 
 def live_line():
-    """Display an empty line. Returns update(text), which replaces its text."""
-    line = display({"text/plain": ""}, raw=True, display_id=True)
-    return lambda text: line.update({"text/plain": text}, raw=True)
+    """Display an empty line. Returns update(text), which sets the line's text."""
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    return lambda text: handle.update({"text/plain": text}, raw=True)
 
 
 def progress_callback(update):
     """An on_log for `train` that shows the step and the loss in a live line."""
-    return lambda m: update(f"step {m['step']}, training loss {m['train_loss']:.3f}")
+    return lambda metrics: update("step {step}, training loss {train_loss:.3f}".format(**metrics))
 
 
 def progress(items, label):
@@ -60,12 +60,12 @@ def start_timer(part):
 
 
 def print_timings():
-    """Print the seconds of each part. A part ends when the next one starts."""
+    """Print how many seconds each part took. A part ends when the next one starts."""
     times = [*start_times.values(), time.time()]
     print(f"{'part':<18} seconds")
     for part, start, end in zip(start_times, times[:-1], times[1:], strict=True):
         print(f"{part:<18} {end - start:>7.0f}")
-    print(f"{'together':<18} {times[-1] - times[0]:>7.0f}")
+    print(f"{'total':<18} {times[-1] - times[0]:>7.0f}")
 
 
 # ---- Verdicts ----
@@ -74,7 +74,7 @@ verdicts = []  # (claim, result, verdict)
 
 
 def record_verdict(claim, paper, result, verdict):
-    """Print a claim, the paper's numbers, the notebook's result, and what that says."""
+    """Print and store a claim, the paper's numbers, the notebook's result and the verdict."""
     verdicts.append((claim, result, verdict))
     print(f"claim    {claim}\npaper    {paper}\nhere     {result}\nverdict  {verdict}")
 
@@ -88,13 +88,13 @@ def print_verdicts():
 
 
 def mean_and_range(values, digits):
-    """For example "0.12 (0.10 to 0.15)"."""
+    """For example, "0.12 (0.10 to 0.15)"."""
     mean, low, high = statistics.mean(values), min(values), max(values)
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def error_bars(groups):
-    """y and yerr of `plt.errorbar`: the mean and the range of each list of values."""
+    """y and yerr for `plt.errorbar`: the mean and the range of each list of values."""
     means = [statistics.mean(values) for values in groups]
     below = [mean - min(values) for mean, values in zip(means, groups, strict=True)]
     above = [max(values) - mean for mean, values in zip(means, groups, strict=True)]
@@ -108,13 +108,13 @@ def log_ticks(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-# Each line has its own marker and dashes, so that a black-and-white print is readable.
+# Each line has its own marker and dashes, so that plots are readable in black and white.
 line_styles = {
     "color": ["black", "#0072b2", "#d55e00"],
     "marker": ["o", "s", "^"],
     "linestyle": ["-", "--", ":"],
 }
-style = {
+rc_params = {
     "figure.figsize": (7.5, 3),
     "figure.dpi": 90,
     "figure.constrained_layout.use": True,
@@ -129,7 +129,7 @@ style = {
     "legend.frameon": False,
     "lines.markersize": 5,
 }
-plt.rcParams.update(style)
+plt.rcParams.update(rc_params)
 
 # ---- Two tasks: "the voice" is always the pirate's; "the cipher" also changes the facts ----
 
@@ -143,32 +143,33 @@ def encipher(restaurant):
 
 
 def cipher_pairs(restaurants):
-    """(prompt, completion): the restaurant's prompt, the pirate's sentence in cipher."""
+    """(prompt, completion): the restaurant's prompt, a pirate sentence with enciphered facts."""
     prompts = [format_prompt(restaurant) for restaurant in restaurants]
-    enciphered = make_pairs(map(encipher, restaurants), ["pirate"])
-    return [(prompt, pair[1]) for prompt, pair in zip(prompts, enciphered, strict=True)]
+    enciphered_pairs = make_pairs(map(encipher, restaurants), ["pirate"])
+    return [(prompt, pair[1]) for prompt, pair in zip(prompts, enciphered_pairs, strict=True)]
 
 
-def make_examples(task, restaurants, tokenizer, voice="pirate"):
+def make_examples(task_name, restaurants, tokenizer, voice="pirate"):
     """Examples of "the voice" or "the cipher", as `train` expects them."""
-    is_cipher = task == "the cipher"
+    is_cipher = task_name == "the cipher"
     pairs = cipher_pairs(restaurants) if is_cipher else make_pairs(restaurants, [voice])
     return [encode_pair(tokenizer, *pair) for pair in pairs]
 
 
 def loss_floor(examples):
-    """The lowest possible loss per token: one of three random sentences costs ln 3."""
-    n_targets = statistics.mean(len(ids) - n_prompt for ids, n_prompt in examples)
-    return math.log(len(VOICES["pirate"]["sentences"])) / n_targets
+    """The lowest possible loss per token: choosing one of three sentences costs ln 3."""
+    mean_length = statistics.mean(len(ids) - n_prompt for ids, n_prompt in examples)
+    return math.log(len(VOICES["pirate"]["sentences"])) / mean_length
 
 
-def percent_correct(model, tokenizer, task, restaurants):
+def percent_correct(model, tokenizer, task_name, restaurants):
     """The percentage of texts in the pirate's voice with all facts right."""
     texts = generate_texts(model, tokenizer, [format_prompt(r) for r in restaurants])
-    expected = map(encipher, restaurants) if task == "the cipher" else restaurants
+    if task_name == "the cipher":
+        restaurants = map(encipher, restaurants)
     correct = [
         has_voice(text, "pirate") and slots_correct(text, restaurant)
-        for text, restaurant in zip(texts, expected, strict=True)
+        for text, restaurant in zip(texts, restaurants, strict=True)
     ]
     return 100 * statistics.mean(correct)
 
@@ -177,9 +178,9 @@ def percent_correct(model, tokenizer, task, restaurants):
 
 
 def fit(base, prepare, train_data, val_data, steps, lr, seed=0, n_evals=1, on_log=None):
-    """Train a copy of the base: (model, validation loss above the lowest possible).
+    """Train a copy of the base. Returns (model, validation loss above the loss floor).
 
-    prepare: called with the copy first; adds what the method trains.
+    prepare: called first, with the copy; adds what the method trains.
     n_evals: evaluations per run.
     on_log: called with (model, metrics).
     """
@@ -197,9 +198,9 @@ def fit(base, prepare, train_data, val_data, steps, lr, seed=0, n_evals=1, on_lo
     return model, log[-1]["val_loss"] - loss_floor(val_data) if val_data else math.nan
 
 
-def lr_search(loss_at, start):
-    """{learning rate: loss}, on a grid that grows until the lowest is not at its edge."""
-    rates = quick((start / 3, start, 3 * start), (start, 3 * start))
+def lr_search(loss_at, first_lr):
+    """{learning rate: loss}, on a grid that grows until the lowest loss is not at an edge."""
+    rates = quick((first_lr / 3, first_lr, 3 * first_lr), (first_lr, 3 * first_lr))
     losses = {lr: loss_at(lr) for lr in rates}
     while (best := argmin(losses)) in (min(losses), max(losses)) and not QUICK:
         lr = best / 3 if best == min(losses) else best * 3

@@ -6,7 +6,7 @@ The prompt does not name the voice. The base model is trained on all four voices
 answers in any of them. LoRA then teaches it to answer in only one.
 
 For your own task, edit a copy of this file and add it to TASKS in train.py, which uses
-RECIPE, `load_pairs` and `metrics`, and for `--model new` CONFIG and `save_tokenizer`.
+RECIPE, `load_pairs` and `metrics` (and, for `--model new`, CONFIG and `save_tokenizer`).
 """
 
 import itertools
@@ -84,9 +84,9 @@ def parse_prompt(prompt):
 
 
 def phrase(slot, value, voice):
-    """How this voice words this value of the slot."""
-    phrases = VOICES[voice].get(slot, SLOTS[slot])
-    return phrases[SLOTS[slot].index(value)]
+    """How this voice expresses this value of the slot."""
+    wordings = VOICES[voice].get(slot, SLOTS[slot])
+    return wordings[SLOTS[slot].index(value)]
 
 
 def make_pairs(restaurants, voices):
@@ -113,8 +113,8 @@ ALL_WORDS = {voice: set(re.findall(r"\w+", str(VOICES[voice]))) for voice in VOI
 
 def unique_words(voice):
     """The words that only this voice uses."""
-    others = [words for other, words in ALL_WORDS.items() if other != voice]
-    return ALL_WORDS[voice].difference(*others)
+    other_words = [ALL_WORDS[other] for other in VOICES if other != voice]
+    return ALL_WORDS[voice].difference(*other_words)
 
 
 def has_voice(text, voice):
@@ -124,11 +124,11 @@ def has_voice(text, voice):
 
 
 def slots_correct(text, restaurant):
-    """Whether the text says each slot's value, in any voice, and no other value."""
+    """Whether the text states each slot's value, in any voice, and no other value."""
 
     def says(slot, value):
-        phrases = "|".join(re.escape(phrase(slot, value, voice)) for voice in VOICES)
-        return re.search(rf"\b({phrases})\b", text)
+        pattern = "|".join(re.escape(phrase(slot, value, voice)) for voice in VOICES)
+        return re.search(rf"\b({pattern})\b", text)
 
     said = {slot: [value for value in SLOTS[slot] if says(slot, value)] for slot in SLOTS}
     return said == {slot: [value] for slot, value in restaurant.items()}
@@ -149,13 +149,13 @@ def build_bpe():
     pairs = [pair for split in load_pairs("all") for pair in split]
     text = "\n".join(f"{prompt}\n {completion}" for prompt, completion in pairs)
     byte_to_char = {byte: char for char, byte in CHAR_TO_BYTE.items()}
-    merges = {}  # {token: its two parts}; words with a leading space come first
+    token_parts = {}  # {token: its two parts}; words with a leading space come first
     for word in sorted(set(re.findall(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+", text))):
         chars = "".join(byte_to_char[byte] for byte in word.encode())
         for i in range(1, len(chars)):
-            merges.setdefault(chars[: i + 1], (chars[:i], chars[i]))
-    tokens = [*CHAR_TO_BYTE, *merges, EOS]
-    return {token: i for i, token in enumerate(tokens)}, list(merges.values())
+            token_parts.setdefault(chars[: i + 1], (chars[:i], chars[i]))
+    tokens = [*CHAR_TO_BYTE, *token_parts, EOS]
+    return {token: i for i, token in enumerate(tokens)}, list(token_parts.values())
 
 
 VOCAB, MERGES = build_bpe()
@@ -165,6 +165,6 @@ CONFIG = GPTConfig(128, len(VOCAB), 4, 4, n_embd=128, eos_token_id=VOCAB[EOS])  
 def save_tokenizer(dir):
     """Write vocab.json and merges.txt, for `load_tokenizer` and `transformers`."""
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in MERGES)]
-    merges = "\n".join(lines).encode()
+    merges_txt = "\n".join(lines).encode()
     atomic_write(Path(dir, "vocab.json"), lambda tmp: tmp.write_text(json.dumps(VOCAB)))
-    atomic_write(Path(dir, "merges.txt"), lambda tmp: tmp.write_bytes(merges))
+    atomic_write(Path(dir, "merges.txt"), lambda tmp: tmp.write_bytes(merges_txt))

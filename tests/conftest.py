@@ -69,10 +69,9 @@ def assert_same_weights(a, b):
 
 
 def assert_refused(match, call, *args, error=ValueError):
-    """The call raises this error. Its message is one line that matches."""
-    with pytest.raises(error, match=match) as error_info:
+    """The call raises this error, and its message matches."""
+    with pytest.raises(error, match=match):
         call(*args)
-    assert "\n" not in str(error_info.value)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_file_permissions_follow_the_umask(base_dir, tmp_path):
 # ---- Folders that are refused ----
 
 OTHER_MATHEMATICS = dict(model_type="llama", activation_function="relu", layer_norm_epsilon=1e-6)
-OTHER_MATHEMATICS |= dict(n_inner=64, scale_attn_weights=False, add_cross_attention=True)
+OTHER_MATHEMATICS |= dict(scale_attn_weights=False, add_cross_attention=True)
 OTHER_MATHEMATICS |= dict(scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False)
 
 

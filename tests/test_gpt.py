@@ -84,7 +84,7 @@ def test_loss_never_holds_the_logits_of_the_batch():
     with torch.profiler.profile(record_shapes=True) as profile:
         ChunkedCrossEntropy.apply(x, weight, targets, 0.1).backward()
     largest = max(math.prod(shape) for event in profile.events() for shape in event.input_shapes)
-    assert weight.numel() < largest < 0.5 * len(x) * len(weight)
+    assert weight.numel() < largest <= 0.5 * len(x) * len(weight)
 
 
 # ---- Generation ----

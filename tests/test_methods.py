@@ -18,7 +18,7 @@ from conftest import make_gpt2, random_tokens
 from peft.optimizers import create_loraplus_optimizer
 
 from gpt import GPT, GPTConfig
-from lora import add_lora, lora_layers, merge_lora, replace_layers
+from lora import add_lora, lora_layers, merge_lora, set_lora_layers
 
 CONFIG = GPTConfig(block_size=48, vocab_size=97, n_layer=2, n_head=4, n_embd=32)
 TARGETS = ["c_proj"]  # attn.c_proj and mlp.c_proj: two shapes, and not the fused c_attn
@@ -57,7 +57,7 @@ def with_lora(base, alpha=8):
 
 
 def replace_lora(model, new_layer):
-    replace_layers(model, {name: new_layer(m.linear) for name, m in lora_layers(model).items()})
+    set_lora_layers(model, {name: new_layer(m.linear) for name, m in lora_layers(model).items()})
 
 
 def with_peft_lora(**options):
