@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) in one file: model, loss, generation, files, tokenizer.
+"""GPT-2 (Radford et al. 2019) in one file: model, loss, generation, files, tokenizer.
 
 - The logits match OpenAI's: pre-norm blocks, learned positions, tanh GELU, tied head.
 - The fused `c_attn` is three `nn.Linear`s here, so LoRA can adapt `c_q` and `c_v`.
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
             v_cache[:, :, start_pos : start_pos + T] = v
             k, v = k_cache[:, :, : start_pos + T], v_cache[:, :, : start_pos + T]
         # A prompt needs the causal mask. One new token does not: it sees all keys.
-        is_causal = layer_cache is None or T > 1  # T > 1 alone would do, but recompile for each T
+        is_causal = layer_cache is None or T > 1  # T > 1 alone works, but recompiles for each T
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
@@ -133,7 +133,7 @@ class GPT(nn.Module):
         x = self.compute_hidden_states(idx)
         if targets is None:
             return F.linear(x, self.wte.weight)
-        # Keep only positions with a target. If targets are on the CPU, this waits for no GPU.
+        # Keep only positions with a target. If targets are on the CPU, this never waits for a GPU.
         positions = (targets != -100).flatten().nonzero().squeeze(1)
         x = x.flatten(0, 1)[positions.to(x.device, non_blocking=True)]
         targets = targets.flatten()[positions].to(x.device, non_blocking=True)

@@ -75,7 +75,7 @@ def resolve_settings(args, n_examples=None):
 
 
 def default_args(**overrides):
-    """The settings of `python train.py` with these changes. E2E and files need steps."""
+    """The settings of `python train.py` with these changes. E2E and files need `steps`."""
     args = make_parser().parse_args([])
     if unknown := overrides.keys() - vars(args).keys():
         raise TypeError(f"there is no setting {min(unknown)}")
@@ -273,7 +273,7 @@ def claim_folder(args, train_data):
     # These may change when a run is resumed.
     keys = vars(args).keys() - {"device", "compile", "save_every", "out", "resume"}
     text = json.dumps({key: vars(args)[key] for key in sorted(keys)}, indent=2)
-    is_used = any(other != path for other in path.parent.glob("*"))  # settings.json alone is not
+    is_used = any(other != path for other in path.parent.glob("*"))  # by more than settings.json
     if is_used and not (path.exists() and path.read_text() == text):
         raise ValueError(f"{args.out} holds other files or another run: change --out")
     atomic_write(path, lambda tmp: tmp.write_text(text))

@@ -131,7 +131,7 @@ rc_params = {
 }
 plt.rcParams.update(rc_params)
 
-# ---- Two tasks: "the voice" is always the pirate's; "the cipher" also changes the facts ----
+# ---- Two tasks: "the voice" is the pirate's by default; "the cipher" also changes the facts ----
 
 CIPHER = {}  # {slot: {value: the next value in the slot's list}}
 for slot in ("name", "food", "area"):
@@ -233,7 +233,7 @@ class BottleneckAdapter(nn.Module):
 
 
 def add_bottleneck_adapters(model, width, houlsby):
-    """Houlsby et al.: after attention and MLP. Otherwise Lin et al.: after the MLP, with norm."""
+    """Houlsby et al.: after attention and MLP. Otherwise, Lin et al.: after MLP, with norm."""
     for block in model.h:
         block.mlp = BottleneckAdapter(block.mlp, model.config.n_embd, width, use_norm=not houlsby)
         if houlsby:
