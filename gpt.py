@@ -31,7 +31,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0
+    dropout: float = 0.0  # not read from Hugging Face's files
     eos_token_id: int = 50256  # <|endoftext|>
 
 
@@ -54,7 +54,7 @@ class CausalSelfAttention(nn.Module):
             k_cache[:, :, start_pos : start_pos + T] = k
             v_cache[:, :, start_pos : start_pos + T] = v
             k, v = k_cache[:, :, : start_pos + T], v_cache[:, :, : start_pos + T]
-        # A prompt needs the causal mask. One new token does not: it sees all keys.
+        # With is_causal, query i sees keys 0 to i. One new token must see all keys.
         is_causal = layer_cache is None or T > 1  # T > 1 alone works, but recompiles for each T
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)

@@ -37,7 +37,7 @@ def make_parser():
     parser.description = "Fine-tune GPT-2. In (): defaults. *: depends on --data."
     add = parser.add_argument
     add("--data", default="toy:pirate", help="toy:VOICE, e2e, X.txt, X.jsonl")
-    add("--model", help="gpt2, gpt2-medium, ..., a folder, or new (random) *")
+    add("--model", help="gpt2, gpt2-medium, ..., a folder, or new: random weights *")
     add("--method", choices=["lora", "full"], default="lora", help="full: all weights")
     add("--r", type=int, default=4, help="rank (4)")
     add("--alpha", type=float, default=32.0, help="alpha / r scales the update (32)")
@@ -51,7 +51,7 @@ def make_parser():
     add("--warmup", type=int, help="steps of linear warmup; then linear decay *")
     add("--label-smoothing", type=float, help="in the training loss *")
     add("--seed", type=int, default=0, help="random seed (0)")
-    add("--eval-every", type=int, help="steps between evaluations *")
+    add("--eval-every", type=int, help="steps between evaluations; 0: one, at the end *")
     add("--save-every", type=float, default=5, help="minutes between checkpoints (5)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="(depends on the device)")
@@ -195,7 +195,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
             metrics = dict(step=steps_done, train_loss=train_loss, val_loss=math.nan)
             metrics["lr"] = optimizer.param_groups[0]["lr"]
             metrics["tokens_per_sec"] = n_tokens / (time.time() - last_log_time)
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if should_eval:
                 with autocast:
                     metrics["val_loss"] = evaluate(model, val_data, args.batch_size)
@@ -273,7 +273,7 @@ def claim_folder(args, train_data):
     # These may change when a run is resumed.
     keys = vars(args).keys() - {"device", "compile", "save_every", "out", "resume"}
     text = json.dumps({key: vars(args)[key] for key in sorted(keys)}, indent=2)
-    is_used = any(other != path for other in path.parent.glob("*"))  # by more than settings.json
+    is_used = any(other != path for other in path.parent.glob("*"))  # more than settings.json
     if is_used and not (path.exists() and path.read_text() == text):
         raise ValueError(f"{args.out} holds other files or another run: change --out")
     atomic_write(path, lambda tmp: tmp.write_text(text))

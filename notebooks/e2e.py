@@ -37,7 +37,7 @@ E2E_SHA1 = {  # git's hashes of the files
 
 
 def load_pairs(path):
-    """(training, validation) pairs of E2E, or only the training pairs of e2e:FILE."""
+    """(training, validation) pairs of E2E; for e2e:FILE, a 1-tuple of all its pairs."""
     if path:
         return (read_pairs(path),)
     return read_pairs(download_e2e("train.txt")), read_pairs(download_e2e("valid.txt"))
@@ -195,6 +195,7 @@ def load_microsoft_adapter(model, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser("e2e.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = "Generate E2E texts and compute their BLEU. In (): defaults."
     add = parser.add_argument
     add("--model", required=True, help="base model")
     add("--lora", help="adapter folder, or one of the authors' .pt files")

@@ -179,7 +179,7 @@ def test_loading_on_a_base_of_another_name_warns_in_one_line(base_dir, tmp_path,
     make_gpt2(tmp_path / "other")
     load(tmp_path / "other", tmp_path)
     warning = capsys.readouterr().err
-    assert "trained on base" in warning and warning.count("\n") == 1
+    assert "another model, base" in warning and warning.count("\n") == 1
 
 
 @pytest.mark.parametrize("prepare", [lambda model: None, merge_lora], ids=["with LoRA", "merged"])
