@@ -44,7 +44,7 @@ def progress_callback(update):
 
 
 def progress(items, label):
-    """Iterate over the items. A live line shows which one is next."""
+    """Iterate over the items. A live line shows the current one."""
     items, update, start_time = list(items), live_line(), time.time()
     for i, item in enumerate(items, 1):
         update(f"{label} {i} of {len(items)} ({time.time() - start_time:.0f} s)")
