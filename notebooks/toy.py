@@ -79,13 +79,11 @@ def format_prompt(restaurant):
     return " | ".join(f"{slot} : {value}" for slot, value in restaurant.items())
 
 
-def parse_prompt(prompt):
-    return dict(field.split(" : ") for field in prompt.split(" | "))
-
-
 def phrase(slot, value, voice):
     """How this voice expresses this value of the slot."""
     wordings = VOICES[voice].get(slot, SLOTS[slot])
+    if len(wordings) != len(SLOTS[slot]):
+        raise ValueError(f"voice '{voice}' needs {len(SLOTS[slot])} wordings of {slot}")
     return wordings[SLOTS[slot].index(value)]
 
 
@@ -105,43 +103,45 @@ def load_pairs(voice):
     if voice not in [*VOICES, "all"]:
         raise ValueError(f"no voice '{voice}': choose {', '.join(VOICES)} or all")
     voices = VOICES if voice == "all" else [voice]
-    return tuple(make_pairs(restaurants, voices) for restaurants in load_restaurants())
+    splits = [make_pairs(restaurants, voices) for restaurants in load_restaurants()]
+    for prompt, text in splits[1][:100]:
+        if min(metrics([(prompt, text)], [text]).values()) < 1:
+            raise ValueError(f"toy:{voice}: the voice or a fact is not unmistakable in: {text}")
+    return splits
 
 
 ALL_WORDS = {voice: set(re.findall(r"\w+", str(VOICES[voice]))) for voice in VOICES}
-
-
-def unique_words(voice):
-    """The words that only this voice uses."""
+UNIQUE_WORDS = {}  # {voice: the words that only this voice uses}
+for voice in VOICES:
     other_words = [ALL_WORDS[other] for other in VOICES if other != voice]
-    return ALL_WORDS[voice].difference(*other_words)
+    UNIQUE_WORDS[voice] = ALL_WORDS[voice].difference(*other_words)
 
 
 def has_voice(text, voice):
     """Whether the text has words unique to this voice, and none unique to another."""
     words = set(re.findall(r"\w+", text))
-    return [v for v in VOICES if words & unique_words(v)] == [voice]
+    return [v for v in VOICES if words & UNIQUE_WORDS[v]] == [voice]
 
 
 def slots_correct(text, restaurant):
     """Whether the text states each slot's value, in any voice, and no other value."""
-
-    def says(slot, value):
-        pattern = "|".join(re.escape(phrase(slot, value, voice)) for voice in VOICES)
-        return re.search(rf"\b({pattern})\b", text)
-
-    said = {slot: [value for value in SLOTS[slot] if says(slot, value)] for slot in SLOTS}
-    return said == {slot: [value] for slot, value in restaurant.items()}
+    for slot, value in restaurant.items():
+        values = {phrase(slot, v, voice): v for v in SLOTS[slot] for voice in VOICES}
+        longest_first = sorted(values, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        found = re.findall(rf"(?<!\w)(?:{pattern})(?!\w)", text)
+        if {values[wording] for wording in found} != {value}:
+            return False
+    return True
 
 
 def metrics(pairs, texts):
     """{name: share of texts that pass}, for the texts generated from these pairs."""
-    voices = [v for _, completion in pairs for v in VOICES if has_voice(completion, v)]
-    restaurants = [parse_prompt(prompt) for prompt, _ in pairs]
-    return {
-        "voice accuracy": sum(map(has_voice, texts, voices)) / len(texts),
-        "slot accuracy": sum(map(slots_correct, texts, restaurants)) / len(texts),
-    }
+    voices = [next((v for v in VOICES if has_voice(text, v)), None) for _, text in pairs]
+    fields = [[field.split(" : ") for field in prompt.split(" | ")] for prompt, _ in pairs]
+    n_voice = sum(map(has_voice, texts, voices))
+    n_facts = sum(map(slots_correct, texts, map(dict, fields)))
+    return {"in the voice": n_voice / len(texts), "all facts right": n_facts / len(texts)}
 
 
 def build_bpe():
