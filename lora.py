@@ -166,8 +166,8 @@ def load_lora(model, dir):
         with safe_open(Path(dir, "adapter_model.safetensors"), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{dir} is damaged: {error}") from None
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{dir}: damaged, or a .bin that PEFT must save again: {error}") from None
     named_modules = model.named_modules()  # h.0.attn.c_q.linear is inside a LoRALinear
     linears = {n.removesuffix(".linear"): m for n, m in named_modules if isinstance(m, nn.Linear)}
     saved_layers = json.loads(metadata.get("layers", "{}"))  # PEFT's files have none

@@ -106,9 +106,9 @@ def main(argv=None):
 
 def run(args):
     base_name = args.model
-    if base_name is None and args.lora is not None:
+    if args.lora is not None:  # read first: a missing adapter is found before a base is loaded
         config = json.loads(Path(args.lora, "adapter_config.json").read_bytes())
-        base_name = config.get("base_model_name_or_path")
+        base_name = base_name or config.get("base_model_name_or_path")
     base_name = base_name or TINY_MODEL
     if base_name == TINY_MODEL and not Path(base_name, "model.safetensors").exists():
         raise FileNotFoundError(f"{TINY_MODEL} is missing: run `python train.py` first")

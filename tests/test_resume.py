@@ -54,13 +54,10 @@ def interrupt(line, step):
     assert exit_info.value.code == 130
 
 
-def result_files(dir):
-    """A killed process may leave the file that it was writing, under a temporary name."""
-    return sorted(name for name in os.listdir(dir) if not name.endswith(".tmp"))
-
-
 def assert_same_result(a, b):
-    assert result_files(a) == result_files(b) and "checkpoint.pt" not in os.listdir(a)
+    # A killed process may leave the temporary file that it was writing.
+    files = [{name for name in os.listdir(dir) if not name.endswith(".tmp")} for dir in (a, b)]
+    assert files[0] == files[1] and "checkpoint.pt" not in files[0]
     filename = next(name for name in os.listdir(a) if name.endswith(".safetensors"))
     a_weights, b_weights = load_file(f"{a}/{filename}"), load_file(f"{b}/{filename}")
     assert all(torch.equal(a_weights[name], b_weights[name]) for name in a_weights)

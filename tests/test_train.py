@@ -98,6 +98,19 @@ def test_validation_restaurants_are_not_trained_on(tokenizer, name):
     assert val_prompts and not train_prompts & val_prompts
 
 
+@pytest.mark.parametrize("prices", [["£", "££", "£££"], ["pricey?", "pricey", "very pricey"]])
+def test_the_toys_metrics_fit_any_voice(monkeypatch, prices):
+    sentence = "Nom nom {name}, {food}, {area}: {price} {children}"
+    menu = {"sentences": [sentence], "price": prices, "children": ["kids? yes!", ":)"]}
+    monkeypatch.setitem(toy.VOICES, "menu", menu)
+    monkeypatch.setitem(toy.UNIQUE_WORDS, "menu", {"Nom"})
+    pairs = toy.load_pairs("menu")[1]
+    assert set(toy.metrics(pairs, [text for _, text in pairs]).values()) == {1}
+    menu["price"] = prices[:2]
+    with pytest.raises(ValueError, match="'menu' needs 3 wordings of price"):
+        toy.load_pairs("menu")
+
+
 def test_only_the_completion_is_a_target():
     idx, targets = collate([([1, 2, 3, 4, 5], 3), ([6, 7], 1)], "cpu")
     assert idx.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
