@@ -195,5 +195,5 @@ def load_lora(model, dir):
         layers[name].load_state_dict({"lora_A": A, "lora_B": B}, strict=False)
     base_name = Path(config.get("base_model_name_or_path") or "").name
     if model.name_or_path and base_name not in ("", Path(model.name_or_path).name):
-        print(f"warning: {dir} was trained on another model, {base_name}", file=sys.stderr)
+        print(f"warning: {dir} is for another model, {base_name}", file=sys.stderr)
     set_lora_layers(model, layers)

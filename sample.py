@@ -106,7 +106,7 @@ def main(argv=None):
 
 def run(args):
     base_name = args.model
-    if args.lora is not None:  # read first: a missing adapter is found before a base is loaded
+    if args.lora is not None:  # before the base: it may be missing
         config = json.loads(Path(args.lora, "adapter_config.json").read_bytes())
         base_name = base_name or config.get("base_model_name_or_path")
     base_name = base_name or TINY_MODEL

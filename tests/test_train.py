@@ -98,10 +98,10 @@ def test_validation_restaurants_are_not_trained_on(tokenizer, name):
     assert val_prompts and not train_prompts & val_prompts
 
 
-@pytest.mark.parametrize("prices", [["£", "££", "£££"], ["pricey?", "pricey", "very pricey"]])
+@pytest.mark.parametrize("prices", [["£", "££", "£££"], ["steep?", "steep", "very steep"]])
 def test_the_toys_metrics_fit_any_voice(monkeypatch, prices):
     sentence = "Nom nom {name}, {food}, {area}: {price} {children}"
-    menu = {"sentences": [sentence], "price": prices, "children": ["kids? yes!", ":)"]}
+    menu = {"sentences": [sentence], "price": prices, "children": ["bambini? yes!", ":)"]}
     monkeypatch.setitem(toy.VOICES, "menu", menu)
     monkeypatch.setitem(toy.UNIQUE_WORDS, "menu", {"Nom"})
     pairs = toy.load_pairs("menu")[1]
