@@ -333,9 +333,8 @@ def run(args):
     print(f"model  {args.model}: {n_params:,} parameters, {args.dtype} on {device}")
     print(f"{args.method}   {n_trainable:,} trainable parameters, {args.steps} steps, lr {args.lr}")
     print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
-    if args.compile:
-        for block in model.h:
-            block.compile()
+    for block in model.h if args.compile else ():
+        block.compile()
     train(model, train_data, val_data, args, on_log=print_metrics)
     if is_full:
         model.save_pretrained(args.out)
@@ -347,6 +346,7 @@ def run(args):
     for i, prompt in enumerate(prompts[:3]):
         print(f"\n{prompt}\n  base     {base_texts[i]}\n  trained  {trained_texts[i]}")
     if val_pairs:
+        print()
         for label, texts in (("base", base_texts), ("trained", trained_texts)):
             shares = task.metrics(val_pairs, texts).items()
             print(f"{label:8}", *(f"{metric} {share:.1%}" for metric, share in shares), sep="   ")
