@@ -31,10 +31,10 @@ def batch_by_length(tokenizer, prompts, batch_size):
     """
     all_prompt_ids = [encode_text(tokenizer, prompt + EOS) for prompt in prompts]
     for length in sorted({len(ids) for ids in all_prompt_ids}, reverse=True):
-        indices = [i for i, ids in enumerate(all_prompt_ids) if len(ids) == length]
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            yield batch, torch.tensor([all_prompt_ids[i] for i in batch])
+        same_length = [i for i, ids in enumerate(all_prompt_ids) if len(ids) == length]
+        for start in range(0, len(same_length), batch_size):
+            indices = same_length[start : start + batch_size]
+            yield indices, torch.tensor([all_prompt_ids[i] for i in indices])
 
 
 def generate_texts(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7, seed=0):
