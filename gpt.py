@@ -18,7 +18,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -114,7 +114,6 @@ class GPT(nn.Module):
             Either start_pos is 0 (the prompt), or T is 1 (the next token).
         """
         T = idx.shape[1]
-        assert kv_cache is None or start_pos == 0 or T == 1
         if start_pos + T > self.config.block_size:
             raise ValueError(f"{start_pos + T} tokens > block_size {self.config.block_size}")
         x = self.wte(idx) + self.wpe.weight[start_pos : start_pos + T]
@@ -293,8 +292,6 @@ def find_file(name_or_dir, filename, required=True):
     path = Path(name_or_dir, filename).expanduser()
     if path.parent.is_dir() or path.is_absolute() or str(name_or_dir).startswith((".", "out/")):
         return path if required or path.exists() else None
-    if not required and try_to_load_from_cache(name_or_dir, filename) is _CACHED_NO_EXIST:
-        return None  # known to be missing: no request, so this works offline
     try:
         return Path(hf_hub_download(name_or_dir, filename))
     except Exception as error:  # the Hub client lets errors from many libraries through
@@ -322,6 +319,8 @@ def atomic_write(path, write):
 def load_config(name_or_dir):
     """The GPTConfig in config.json. Raises OSError, or ValueError if it is not GPT-2."""
     path = find_file(name_or_dir, "config.json")
+    if not path.exists() and path.with_name("adapter_config.json").exists():
+        raise ValueError(f"{name_or_dir} is an adapter: use --lora or load_lora")
     hf_config = json.loads(path.read_bytes())
     for key, value in REQUIRED_CONFIG.items():
         if hf_config.get(key, value) != value:
@@ -350,9 +349,8 @@ def load_weights(path, dtype, device):
 
 
 def split_c_attn(name):
-    """Our names for a name in the files: c_attn is three layers here."""
-    is_fused = "c_attn" in name
-    return [name.replace("c_attn", part) for part in QKV] if is_fused else [name]
+    """Our names for a name in the files: three for c_attn, one for any other."""
+    return list(dict.fromkeys(name.replace("c_attn", part) for part in QKV))
 
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

@@ -1,7 +1,7 @@
 """Generate text with GPT-2, with or without a LoRA adapter.
 
     python sample.py --model gpt2 --prompt "The dog"
-    python sample.py --lora out/tiny-toy-pirate --prompt "name : The Mill | ...<|endoftext|>"
+    python sample.py --lora out/gpt2-my --prompt "The dog"
 
 A model trained on prompt-completion pairs expects <|endoftext|> after the prompt."""
 
@@ -22,13 +22,12 @@ from gpt import EOS, GPT, encode_text, load_tokenizer
 from lora import load_lora, merge_lora
 
 TINY_MODEL = "out/tiny"  # the base model that the first `python train.py` trains
+# For str.translate: shows control characters, except newlines and tabs, as \x1b etc.
+ESCAPES = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 def batch_by_length(tokenizer, prompts, batch_size):
-    """Yield (indices, token ids (B, T)) of prompts of equal length: they need no padding.
-
-    EOS is appended to each prompt. Longest first: memory runs out early or never.
-    """
+    """Yield (indices, ids (B, T)) of prompts of equal length, longest first, with EOS."""
     all_prompt_ids = [encode_text(tokenizer, prompt + EOS) for prompt in prompts]
     for length in sorted({len(ids) for ids in all_prompt_ids}, reverse=True):
         same_length = [i for i, ids in enumerate(all_prompt_ids) if len(ids) == length]
@@ -91,7 +90,6 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", help="base model (default: the adapter's own, or out/tiny)")
     add("--lora", metavar="DIR", help="adapter folder")
-    add("--merge", action="store_true", help="merge the adapter first, for speed")
     add("--prompt", default="", help="text to continue (default: start a new text)")
     add("--max-new-tokens", type=int, help="default: 200, or as many as fit")
     add("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
@@ -117,8 +115,7 @@ def run(args):
     tokenizer = load_tokenizer(base_name)
     if args.lora is not None:
         load_lora(model, args.lora)
-    if args.merge:
-        merge_lora(model)
+        merge_lora(model)  # for speed
 
     prompt_ids = encode_text(tokenizer, args.prompt) or [tokenizer.eot_token]
     max_new_tokens = args.max_new_tokens
@@ -132,7 +129,7 @@ def run(args):
         if token.item() == tokenizer.eot_token:
             break
         token_bytes = tokenizer.decode_single_token_bytes(token.item())
-        print(decoder.decode(token_bytes), end="", flush=True)
+        print(decoder.decode(token_bytes).translate(ESCAPES), end="", flush=True)
     print()
 
 

@@ -10,64 +10,67 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
+import re
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see sample.py
-
+import sample  # before torch, because it sets GOMP_SPINCOUNT
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import sample
 from gpt import EOS, GPT, atomic_write, encode_text, load_tokenizer
 from lora import add_lora, save_lora
 from notebooks import e2e, toy
 from sample import TINY_MODEL
 
 TASKS = {"toy": toy, "e2e": e2e}  # toy.py says what a task defines
-DEFAULT_RECIPE = e2e.RECIPE | {"epochs": 3, "label_smoothing": 0.0, "lora_dropout": 0.0}
+FILE_RECIPE = e2e.RECIPE | {"epochs": 3, "label_smoothing": 0.0, "lora_dropout": 0.0}
+RECIPES = {"toy": toy.RECIPE, "e2e": e2e.RECIPE, "files": FILE_RECIPE}
 
 
 def make_parser():
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.description = "Fine-tune GPT-2. In (): defaults. *: depends on --data."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    recipes = [f"\n  {name:5}  {recipe}" for name, recipe in RECIPES.items()]
+    parser.description, parser.epilog = __doc__, "* depends on --data:" + "".join(recipes)
     add = parser.add_argument
-    add("--data", default="toy:pirate", help="toy:VOICE, e2e, X.txt, X.jsonl")
+    add("--data", default="toy:pirate", help="toy:VOICE, e2e, X.txt or X.jsonl")
     add("--model", help="gpt2, gpt2-medium, ..., a folder, or new: random weights *")
+    add("--out", help="folder for all results (out/MODEL-DATA)")
+    add("--resume", metavar="DIR", help="continue the run in DIR, with its settings")
+    add = parser.add_argument_group("LoRA").add_argument
     add("--method", choices=["lora", "full"], default="lora", help="full: all weights")
     add("--r", type=int, default=4, help="rank (4)")
     add("--alpha", type=float, default=32.0, help="alpha / r scales the update (32)")
     add("--lora-dropout", type=float, help="dropout on the input of A *")
     add("--targets", nargs="+", default=["c_q", "c_v"], help="adapted layers (c_q c_v)")
+    add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, help="optimizer steps *")
     add("--batch-size", type=int, help="examples per micro-batch *")
     add("--grad-accum", type=int, default=1, help="micro-batches per step (1)")
     add("--lr", type=float, help="peak learning rate *")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's weight decay (0.01)")
     add("--warmup", type=int, help="steps of linear warmup; then linear decay *")
     add("--label-smoothing", type=float, help="in the training loss *")
     add("--seed", type=int, default=0, help="random seed (0)")
-    add("--eval-every", type=int, help="steps between evaluations; 0: one, at the end *")
+    add("--eval-every", type=int, help="steps between evaluations *")
     add("--save-every", type=float, default=5, help="minutes between checkpoints (5)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(depends on the device)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the fastest")
     add("--compile", action="store_true", help="slow start, then faster steps")
-    add("--out", help="folder for all results (out/MODEL-DATA)")
-    add("--resume", metavar="DIR", help="continue the run in DIR, with its settings")
     return parser
 
 
 def resolve_settings(args, n_examples=None):
     """Fill in the settings that were not given, from the recipe for the data."""
-    task = TASKS.get(args.data.partition(":")[0])
-    for key, value in (DEFAULT_RECIPE | (task.RECIPE if task else {})).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    if args.steps is None:  # epochs is in the recipe; the command line has only steps
+    recipe = FILE_RECIPE | RECIPES.get(args.data.partition(":")[0], {})
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(recipe | given)
+    if 0 in (args.steps, args.batch_size, args.grad_accum):
+        raise ValueError("--steps, --batch-size and --grad-accum must be at least 1")
+    if args.steps is None:
         args.steps = math.ceil(args.epochs * n_examples / (args.batch_size * args.grad_accum))
     if args.warmup is None:
         args.warmup = min(500, args.steps // 10)
@@ -75,7 +78,7 @@ def resolve_settings(args, n_examples=None):
 
 
 def default_args(**overrides):
-    """The settings of `python train.py` with these changes. E2E and files need `steps`."""
+    """The settings of `python train.py`, with these changes."""
     args = make_parser().parse_args([])
     if unknown := overrides.keys() - vars(args).keys():
         raise TypeError(f"there is no setting {min(unknown)}")
@@ -91,8 +94,7 @@ def encode_pair(tokenizer, prompt, completion):
 
 
 def load_data(data, tokenizer, block_size):
-    """(train_data, val_data) for --data: lists of examples, at most 256 for validation.
-    Raises OSError or ValueError."""
+    """(train_data, val_data), lists of examples. Raises OSError or ValueError."""
     (task_name, _, subset), suffix = data.partition(":"), Path(data).suffix.lower()
     task = TASKS.get(task_name)
     if task or suffix == ".jsonl":
@@ -111,7 +113,7 @@ def load_data(data, tokenizer, block_size):
     if n_kept < n_read:
         print(f"{data}: {n_kept} of {n_read} examples fit in {block_size} tokens")
     if n_kept <= n_read / 2:
-        raise ValueError(f"{data} is empty, or at least half its examples are too long")
+        raise ValueError(f"{data}: too few examples fit: use --model gpt2")
     if len(splits) == 1:
         n_train = math.ceil(0.95 * n_kept)  # the last 5% is for validation
         splits = [splits[0][:n_train], splits[0][n_train:]]
@@ -119,11 +121,9 @@ def load_data(data, tokenizer, block_size):
 
 
 def collate(examples, device):
-    """Token ids (B, T) on the device, targets (B, T) on the CPU; -100 means no target.
-
-    The target at position i is token i + 1. Padding comes last, so it needs no mask.
-    """
+    """Token ids (B, T) on the device, and targets (B, T), on the CPU."""
     idx = [torch.tensor(ids[:-1]) for ids, _ in examples]
+    # The target at each position is the next token; -100 means no target.
     targets = [torch.tensor([-100] * (n_prompt - 1) + ids[n_prompt:]) for ids, n_prompt in examples]
     targets = pad_sequence(targets, batch_first=True, padding_value=-100)
     return pad_sequence(idx, batch_first=True).to(device), targets
@@ -139,7 +139,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if optimizer is None:
-        optimizer = torch.optim.AdamW(params.values(), args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(params.values(), args.lr, weight_decay=0.01, fused=True)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     device, weight_dtype = model.wte.weight.device, model.wte.weight.dtype
     compute_dtype = getattr(torch, args.dtype) if args.dtype else weight_dtype
@@ -187,11 +187,11 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
         steps_done = step + 1
 
         # Log five times per evaluation. Only train_loss has dropout and smoothing.
-        should_eval = steps_done % (args.eval_every or args.steps) == 0 or steps_done == args.steps
+        should_eval = steps_done % args.eval_every == 0 or steps_done == args.steps
         if should_eval or steps_done % max(1, args.eval_every // 5) == 0:
             train_loss = float(running_loss) / (steps_done - (log[-1]["step"] if log else 0))
             if not math.isfinite(train_loss):
-                raise FloatingPointError(f"loss is {train_loss} at step {steps_done}: lower --lr")
+                raise FloatingPointError(f"step {steps_done}: loss {train_loss}, lower --lr")
             metrics = dict(step=steps_done, train_loss=train_loss, val_loss=math.nan)
             metrics["lr"] = optimizer.param_groups[0]["lr"]
             metrics["tokens_per_sec"] = n_tokens / (time.time() - last_log_time)
@@ -201,7 +201,9 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
                     metrics["val_loss"] = evaluate(model, val_data, args.batch_size)
             log.append(metrics)
             if args.out:
-                write_log(args.out, log)
+                rows = [metrics.keys(), *(metrics.values() for metrics in log)]
+                text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+                atomic_write(Path(args.out, "log.csv"), partial(Path.write_text, data=text))
             running_loss, n_tokens, last_log_time = 0.0, 0, time.time()
             if on_log:
                 on_log(metrics)
@@ -222,60 +224,50 @@ def get_lr(step, base_lr, warmup, steps):
 
 
 def shuffle_epochs(examples, n_draws, seed):
-    """n_draws examples in training order; each epoch is a new permutation of `examples`."""
-    generator = torch.Generator().manual_seed(seed)
-    n_epochs = math.ceil(n_draws / len(examples))
-    permutations = [torch.randperm(len(examples), generator=generator) for _ in range(n_epochs)]
-    return [examples[i] for i in torch.cat(permutations)[:n_draws]]
+    """n_draws examples in training order. Each epoch is a new permutation."""
+    rng, order = random.Random(seed), []
+    while len(order) < n_draws:
+        order += rng.sample(examples, len(examples))
+    return order[:n_draws]
 
 
 @torch.no_grad()
 def evaluate(model, examples, batch_size):
     """The mean loss over all targets, without dropout; nan if there are no examples."""
-    was_training = model.training
+    device, was_training = model.wte.weight.device, model.training
     model.eval()
     total_loss = n_targets = 0
     for start in range(0, len(examples), batch_size):
-        idx, targets = collate(examples[start : start + batch_size], model.wte.weight.device)
+        idx, targets = collate(examples[start : start + batch_size], device)
         n_targets += (targets != -100).sum()
         total_loss += model(idx, targets) * (targets != -100).sum()
     model.train(was_training)
     return float(total_loss / n_targets) if examples else math.nan
 
 
-def write_log(dir, log):
-    rows = [log[0].keys(), *(metrics.values() for metrics in log)]
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    atomic_write(Path(dir, "log.csv"), lambda tmp: tmp.write_text(text))
-
-
 def print_metrics(metrics):
-    val_text = "" if math.isnan(metrics["val_loss"]) else f"{metrics['val_loss']:.4f}"
-    print(f"step {metrics['step']:5}  loss {metrics['train_loss']:.4f}  val {val_text:6}", end="")
-    print(f"  lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tokens/s", flush=True)
+    row = "step {step:5}  loss {train_loss:.4f}  val {val_loss:6.4f}  lr {lr:.1e}"
+    row += "  {tokens_per_sec:7,.0f} tokens/s"
+    print(row.format_map(metrics).replace("nan", "   "), flush=True)
 
 
 def load_base(name_or_dir, dtype=torch.float32, device="cpu"):
     """Load a trained GPT. If it is the tiny model and is missing, train it first."""
-    if str(name_or_dir) == TINY_MODEL:
-        if not Path(TINY_MODEL, "model.safetensors").exists():
-            print(f"Training {TINY_MODEL}, the base model, first. This happens once.")
-            main(["--model", "new", "--data", "toy:all", "--steps", "600", "--out", TINY_MODEL])
-        if toy.VOCAB != json.loads(Path(TINY_MODEL, "vocab.json").read_bytes()):
-            print(f"warning: toy.py has changed; delete {TINY_MODEL} to train it again")
+    if str(name_or_dir) == TINY_MODEL and not Path(TINY_MODEL, "model.safetensors").exists():
+        print(f"Training {TINY_MODEL}, the base model, first. This happens once.")
+        main(["--model", "new", "--data", "toy:all", "--steps", "600", "--out", TINY_MODEL])
     return GPT.from_pretrained(name_or_dir, dtype, device)
 
 
 def claim_folder(args, train_data):
-    """Write settings.json. Raises ValueError if the folder holds anything but this run."""
+    """Write settings.json. Raises ValueError if the folder has another run's files."""
     args.data_sha256 = hashlib.sha256(repr(train_data).encode()).hexdigest()
     path = Path(args.out, "settings.json")
     # These may change when a run is resumed.
     keys = vars(args).keys() - {"device", "compile", "save_every", "out", "resume"}
     text = json.dumps({key: vars(args)[key] for key in sorted(keys)}, indent=2)
-    is_used = any(other != path for other in path.parent.glob("*"))  # more than settings.json
-    if is_used and not (path.exists() and path.read_text() == text):
-        raise ValueError(f"{args.out} holds other files or another run: change --out")
+    if set(path.parent.glob("*")) - {path} and not (path.exists() and path.read_text() == text):
+        raise ValueError(f"{args.out} has files of another run: choose another --out")
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
 
@@ -284,31 +276,32 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with sample.cli_errors(parser):
         if args.resume:  # its settings become the defaults
-            dir = Path(args.resume)
-            has_result = any(dir.glob("*model.safetensors"))
-            if args.out or (has_result and not Path(dir, "checkpoint.pt").exists()):
-                raise ValueError(f"--resume {dir}: the run is finished, or --out was also given")
-            settings = json.loads(Path(dir, "settings.json").read_bytes())
+            has_result = any(Path(args.resume).glob("*model.safetensors"))
+            if args.out or (has_result and not Path(args.resume, "checkpoint.pt").exists()):
+                raise ValueError(f"--resume {args.resume}: the run is finished, or --out was given")
+            settings = json.loads(Path(args.resume, "settings.json").read_bytes())
             parser.set_defaults(**settings, out=args.resume)
             args = parser.parse_args(argv)
+        args.method = "full" if args.model == "new" else args.method
+        for key in ("r", "alpha", "lora_dropout", "targets") if args.method == "full" else ():
+            if vars(args)[key] != parser.get_default(key):
+                raise ValueError(f"{key} has no effect when all weights are trained")
         try:
             run(args)
         except KeyboardInterrupt:
             has_checkpoint = args.out and Path(args.out, "checkpoint.pt").exists()
-            advice = f"use --resume {args.out}" if has_checkpoint else "nothing has been saved"
+            advice = f"python train.py --resume {args.out}" if has_checkpoint else "nothing saved"
             parser.exit(130, f"\ninterrupted: {advice}\n")
 
 
 def run(args):
     task_name, _, subset = args.data.partition(":")
-    task, from_scratch = TASKS.get(task_name), args.model == "new"
-    is_full = from_scratch or args.method == "full"
-    args.method = "full" if is_full else "lora"
+    task, is_full = TASKS.get(task_name), args.method == "full"
     args.model = args.model or (TINY_MODEL if task is toy else "gpt2")
     device = sample.pick_device(args.device)
     args.dtype = args.dtype or sample.pick_dtype(device)
     torch.manual_seed(args.seed)
-    base_name = args.model
+    base_name, from_scratch = args.model, args.model == "new"
     if from_scratch:  # save a model with random weights, then load it like any other
         if not hasattr(task, "CONFIG"):
             raise ValueError("--model new needs data with a tokenizer, like toy:all")
@@ -320,40 +313,47 @@ def run(args):
     model, tokenizer = load_base(base_name, weight_dtype, device), load_tokenizer(base_name)
     train_data, val_data = load_data(args.data, tokenizer, model.config.block_size)
     resolve_settings(args, len(train_data))
-    args.out = args.out or f"out/{Path(args.model).name}-{Path(args.data).stem}".replace(":", "-")
+    name = f"{Path(args.model).name}-{Path(args.data).stem}"
+    args.out = args.out or "out/" + re.sub("[: ]", "-", name)
     claim_folder(args, train_data)
     n_params = sum(p.numel() for p in model.parameters())
     val_pairs = task.load_pairs(subset)[1][:256] if hasattr(task, "metrics") else []
     prompts = [prompt for prompt, _ in val_pairs]
     base_texts = sample.generate_texts(model, tokenizer, prompts)
+    print(f"base   {args.model}: {n_params:,} parameters, {args.dtype} on {device}")
+    print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
+    base_loss = evaluate(model, (val_data or train_data)[:8], args.batch_size)
+    if base_loss > math.log(model.config.vocab_size) and not from_scratch:
+        print(f"warning: {args.model} cannot read this text. Use --model gpt2, or after a change")
+        print("of toy.py a new base: --model new --data toy:all --steps 600 --out out/new-tiny")
     if not is_full:
         torch.manual_seed(args.seed)  # the same A, whatever ran before
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
+        print(f"LoRA   r = {args.r}, alpha = {args.alpha:g} on {' '.join(args.targets)}")
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model  {args.model}: {n_params:,} parameters, {args.dtype} on {device}")
-    print(f"{args.method}   {n_trainable:,} trainable parameters, {args.steps} steps, lr {args.lr}")
-    print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
+    print(f"train  {n_trainable:,} parameters, {args.steps} steps, peak lr {args.lr}")
     for block in model.h if args.compile else ():
         block.compile()
     train(model, train_data, val_data, args, on_log=print_metrics)
-    if is_full:
-        model.save_pretrained(args.out)
-    else:
-        save_lora(model, args.out)
+    (GPT.save_pretrained if is_full else save_lora)(model, args.out)
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
     with torch.compiler.set_stance("force_eager"):  # each new token changes the shapes
         trained_texts = sample.generate_texts(model, tokenizer, prompts)
-    for i, prompt in enumerate(prompts[:3]):
-        print(f"\n{prompt}\n  base     {base_texts[i]}\n  trained  {trained_texts[i]}")
+    changed = [i for i in range(len(prompts)) if base_texts[i] != trained_texts[i]]
+    for i in changed[:: len(changed) // 3 + 1]:  # at most three
+        example = f"\n{prompts[i]}\n  base     {base_texts[i]}\n  trained  {trained_texts[i]}"
+        print(example.translate(sample.ESCAPES))
     if val_pairs:
-        print()
-        for label, texts in (("base", base_texts), ("trained", trained_texts)):
-            shares = task.metrics(val_pairs, texts).items()
-            print(f"{label:8}", *(f"{metric} {share:.1%}" for metric, share in shares), sep="   ")
+        print(f"\nOn {len(val_pairs)} prompts not seen in training:")
+        base_shares = task.metrics(val_pairs, base_texts)
+        for name, share in task.metrics(val_pairs, trained_texts).items():
+            print(f"  {name:16}  base {base_shares[name]:6.1%}   trained {share:6.1%}")
     ids, n_prompt = train_data[0]
-    first_prompt = tokenizer.decode(ids[: n_prompt if n_prompt > 1 else 8])
+    prompt = tokenizer.decode(ids[: n_prompt if n_prompt > 1 else 8])
+    prompt = re.sub(r"""["$`!%\\\s]+""", " ", prompt)  # safe in quotes, in any shell
     flag = "--model" if is_full else "--lora"
-    print(f'\nSaved. Try: python sample.py {flag} {args.out} --prompt "{first_prompt}"')
+    print(f'\nSaved in {args.out}. Next:\n  python sample.py {flag} {args.out} --prompt "{prompt}"')
+    print("  python train.py --data toy:formal\n  jupyter notebook notebooks/lora.ipynb")
 
 
 if __name__ == "__main__":

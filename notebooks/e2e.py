@@ -11,17 +11,14 @@ With `--data FILE.jsonl`, the same works for other data, such as WebNLG and DART
 import argparse
 import hashlib
 import json
-import os
 import urllib.request
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see sample.py
-
+import sample  # before torch, because it sets GOMP_SPINCOUNT
 import torch
 
-import sample
 from gpt import GPT, atomic_write, encode_text, load_tokenizer
 from lora import add_lora, load_lora, lora_layers, merge_lora
 
@@ -57,7 +54,10 @@ def download_e2e(filename):
 
 
 def read_text(path):
-    return Path(path).read_text(encoding="utf-8-sig")  # -sig removes a byte order mark
+    text = Path(path).read_text(encoding="utf-8-sig")  # -sig removes a byte order mark
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
 
 
 def read_pairs(path):

@@ -14,7 +14,7 @@ from conftest import PADDED, assert_refused, assert_same_weights, edit_config, m
 from safetensors.torch import load_file, save_file
 
 import gpt
-from gpt import GPT
+from gpt import GPT, load_tokenizer
 
 # ---- Folders that are read and written ----
 
@@ -127,7 +127,8 @@ def test_files_that_are_cut_off_or_missing_are_refused(base_dir, name):
 @pytest.mark.parametrize("name", ["out/typo", "./typo", "/typo", "~/typo"])
 def test_a_path_is_never_looked_up_on_the_hub(monkeypatch, name):
     monkeypatch.setattr(gpt, "hf_hub_download", lambda *args: pytest.fail("asked the Hub"))
-    assert_refused("typo", GPT.from_pretrained, name, error=FileNotFoundError)
+    for load in (GPT.from_pretrained, load_tokenizer):
+        assert_refused("typo", load, name, error=FileNotFoundError)
 
 
 # ---- The Hub ----
@@ -146,15 +147,6 @@ def hub_dir(tmp_path, monkeypatch):
 
 def test_a_model_in_the_cache_loads_by_name_offline(hub_dir):
     assert_same_weights(GPT.from_pretrained("user/model"), GPT.from_pretrained(hub_dir))
-
-
-def test_a_cached_model_known_to_have_no_tokenizer_can_be_saved_offline(hub_dir, tmp_path):
-    for name in ("vocab.json", "merges.txt"):  # the Hub's client has asked for them before
-        marker = hub_dir.parents[1] / ".no_exist" / hub_dir.name / name
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    GPT.from_pretrained("user/model").save_pretrained(tmp_path / "out")
-    assert_same_weights(GPT.from_pretrained(tmp_path / "out"), GPT.from_pretrained(hub_dir))
 
 
 def test_an_unknown_name_offline_is_one_error(hub_dir):

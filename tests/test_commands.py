@@ -1,15 +1,21 @@
 """train.py as a command: its folders, --model new, and mistakes in one line."""
 
-import io
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import httpx
+import nbformat
 import pytest
 import torch
 from commands import error_message, file_contents, make_base, read_log, run, toy_pairs, write_jsonl
+from nbclient import NotebookClient
 
+import gpt
 import sample
 import train
 from gpt import GPT, load_tokenizer
@@ -17,6 +23,7 @@ from lora import add_lora, save_lora
 from notebooks import toy
 
 LINE = "--model base --data data.jsonl --steps 3 --batch-size 4 --eval-every 5 --device cpu"
+ROOT = Path(train.__file__).parent
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "log.csv", "settings.json"]
 
 
@@ -56,7 +63,7 @@ def test_same_command_again_trains_again(capsys):
 
 def test_printed_command_works(capsys):
     run(train, LINE)
-    *_, line = capsys.readouterr().out.partition("sample.py ")
+    [line] = re.findall("sample.py (.*)", capsys.readouterr().out)
     run(sample, f"{line} --max-new-tokens 2")
     assert capsys.readouterr().out.startswith("name : ")
 
@@ -68,12 +75,40 @@ def test_method_full_saves_a_base_with_its_tokenizer():
     run(train, f"{LINE} --model full --out on-full")
 
 
-def test_streams_without_reconfigure(monkeypatch):
-    for name in ("stdout", "stderr"):  # as in Jupyter
-        monkeypatch.setattr(sys, name, io.StringIO())
-    run(train, LINE)
-    run(sample, "--model base --prompt Arr")
-    assert "Arr" in sys.stdout.getvalue()
+def test_the_commands_run_in_jupyter(monkeypatch):
+    Path("notebooks").mkdir()
+    Path("notebooks/__init__.py").write_text("raise ImportError('of another package')")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    e2e_line = "--model base --lora adapter --data data.jsonl --out p.txt --max-new-tokens 2"
+    cells = [
+        f"%run {ROOT}/train.py {LINE}",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})",
+        "import sample, train; from notebooks import e2e",
+        f"train.main({LINE.split()})",
+        f"%run {ROOT}/sample.py --model base --prompt Arr",
+        "sample.main(['--lora', 'adapter'])",
+        f"e2e.main({e2e_line.split()})",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    NotebookClient(notebook).execute()  # raises if a cell does
+
+
+def test_a_closed_pipe_ends_a_run_that_can_be_resumed():
+    command = f"{sys.executable} {train.__file__} {LINE} --steps 50 --out out | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr and os.listdir("out") == ["settings.json"]
+    run(train, "--resume out")
+    assert sorted(os.listdir("out")) == ADAPTER
+
+
+def test_text_that_the_base_cannot_read_is_a_warning(capsys):
+    run(train, f"{LINE} --lr 0.02 --steps 30 --method full --out trained")
+    capsys.readouterr()
+    run(train, f"{LINE} --model trained")
+    assert "warning" not in capsys.readouterr().out
+    Path("a.txt").write_text("ZXQ? 123 %& " * 20)
+    run(train, "--model trained --data a.txt --steps 1")
+    assert "warning: trained cannot read" in capsys.readouterr().out
 
 
 # ---- One folder, one run ----
@@ -124,14 +159,6 @@ def test_the_first_run_makes_its_base_once(quick_base):
     assert file_contents("out/tiny") == before
 
 
-def test_a_changed_toy_warns_that_its_base_is_old(quick_base, monkeypatch, capsys):
-    train.main([])
-    assert "warning" not in "".join(capsys.readouterr())
-    monkeypatch.setattr(toy, "VOCAB", toy.VOCAB | {"new": len(toy.VOCAB)})
-    train.main(["--out", "other"])
-    assert "".join(capsys.readouterr()).count("warning: toy.py") == 1
-
-
 # ---- Mistakes: one line, exit code 2 ----
 
 TRAIN_MISTAKES = {  # flags: what the line names
@@ -144,8 +171,15 @@ TRAIN_MISTAKES = {  # flags: what the line names
     "--r 0": "r >= 1",
     "--lora-dropout 1": "dropout",
     "--lr -1": "-1",
-    "--batch-size 0": "",
+    "--lr 1e38": "lower --lr",
+    "--batch-size 0": "--batch-size",
+    "--steps 0": "--steps",
     "--batch 8": "--batch 8",
+    "--method full --r 8": "r has no effect",
+    "--data empty.txt": "empty",
+    "--data long.jsonl": "gpt2",
+    "--model adapter": "--lora",
+    "--out data.jsonl/x": "data.jsonl",
 }
 
 
@@ -153,6 +187,8 @@ TRAIN_MISTAKES = {  # flags: what the line names
 def test_mistakes_in_training(flags, capsys):
     Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n')
     Path("data.csv").write_text("a,b\n")
+    Path("empty.txt").write_text("\n")
+    write_jsonl("long.jsonl", toy_pairs(1) + [("Arr", "Arr" * 100)] * 2)
     assert TRAIN_MISTAKES[flags] in error_message(train, f"{LINE} {flags}", capsys)
 
 
@@ -165,6 +201,12 @@ def test_a_mistake_can_be_corrected(flags, capsys):
 @pytest.mark.parametrize("flags", ["--lora absent", "--model base --lora ''"])
 def test_an_adapter_that_is_missing_is_not_ignored(flags, capsys):
     assert "adapter_config.json" in error_message(sample, flags, capsys)
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError("cut"), OSError("no network")], ids=str)
+def test_a_download_that_fails(error, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "hf_hub_download", Mock(side_effect=error))
+    assert f"from the Hub: {error}" in error_message(train, f"{LINE} --model gpt2", capsys)
 
 
 def test_out_of_memory_names_the_batch_size(monkeypatch, capsys):

@@ -76,7 +76,6 @@ def test_base_is_the_one_that_the_adapter_names(base, capsys):
     save_adapter(model)
     text = output("--lora adapter --prompt Arr --temperature 0", capsys)
     assert text == output("--model base --lora adapter --prompt Arr --temperature 0", capsys)
-    assert text == output("--lora adapter --merge --prompt Arr --temperature 0", capsys)
     assert text != plain
 
 

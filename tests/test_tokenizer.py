@@ -24,7 +24,7 @@ def write_tokenizer(dir, special_tokens=(EOS,), vocab_size=300):
 @pytest.fixture
 def own_dir(tmp_path):
     """A base with a tokenizer of its own."""
-    make_gpt2(tmp_path, vocab_size=300)
+    make_gpt2(tmp_path, vocab_size=50257, n_embd=4)  # as many tokens as GPT-2
     write_tokenizer(tmp_path)
     return tmp_path
 

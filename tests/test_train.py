@@ -29,9 +29,14 @@ def test_e2e_has_the_settings_of_the_paper():
     args = train.make_parser().parse_args(["--data", "e2e"])
     train.resolve_settings(args, n_examples=42_061)
     assert (args.r, args.alpha, args.targets) == (4, 32, ["c_q", "c_v"])
-    assert (args.lora_dropout, args.label_smoothing, args.weight_decay) == (0.1, 0.1, 0.01)
+    assert (args.lora_dropout, args.label_smoothing) == (0.1, 0.1)
     assert (args.lr, args.batch_size, args.warmup) == (2e-4, 8, 500)
     assert args.steps == 26_289  # five epochs
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    with pytest.raises(TypeError, match="setps"):
+        default_args(setps=5)
 
 
 # ---- Data ----
@@ -163,11 +168,11 @@ def test_losses_equal_peft(tmp_path, label_smoothing):
     save_lora(model, tmp_path / "adapter")
     reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
     data = random_examples(8, range(5, 30))  # each step sees all of them
-    args = default_args(steps=6, batch_size=8, warmup=2, lr=1e-2, weight_decay=0.0, eval_every=5)
+    args = default_args(steps=6, batch_size=8, warmup=2, lr=1e-2, eval_every=5)
     args.label_smoothing = label_smoothing
     ours = losses(train.train(model, data, [], args))
 
-    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.01)
     (idx, targets), theirs = collate(data, "cpu"), []
     for warmup_or_decay in (1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4):
         logits = reference(idx).logits.flatten(0, 1)
