@@ -172,7 +172,7 @@ class GPT(nn.Module):
                 idx = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
                 logits = logits / temperature
-                if top_k is not None:
+                if top_k:  # 0 means all tokens, too
                     top_logits = logits.topk(min(top_k, logits.shape[-1])).values
                     logits[logits < top_logits[:, -1:]] = -torch.inf
                 idx = torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-# Keep idle threads from spinning, or two runs at once slow each other down 40-fold.
+# Idle threads soon stop spinning. Otherwise, two runs at once slow each other down 40-fold.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -27,7 +27,7 @@ ESCAPES = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160
 
 
 def batch_by_length(tokenizer, prompts, batch_size):
-    """Yield (indices, ids (B, T)) of prompts of equal length, longest first, with EOS."""
+    """Yield (indices, ids (B, T)) of equally long prompts, each with EOS. Longest first."""
     all_prompt_ids = [encode_text(tokenizer, prompt + EOS) for prompt in prompts]
     for length in sorted({len(ids) for ids in all_prompt_ids}, reverse=True):
         same_length = [i for i, ids in enumerate(all_prompt_ids) if len(ids) == length]
@@ -43,7 +43,8 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=64, temperature=0.7
     texts = [""] * len(prompts)
     model.eval()
     for prompt_indices, idx in batch_by_length(tokenizer, prompts, batch_size=256):
-        columns, is_finished, idx = [], False, idx.to(device)
+        columns, idx = [], idx.to(device)
+        is_finished = torch.zeros(len(idx), dtype=torch.bool, device=device)
         for next_tokens in model.generate(idx, max_new_tokens, temperature, generator=generator):
             columns.append(next_tokens)  # (B,)
             is_finished |= next_tokens == tokenizer.eot_token
@@ -63,25 +64,27 @@ def cli_errors(parser):
             stream.reconfigure(errors="backslashreplace")  # instead of UnicodeEncodeError
     try:
         yield
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, ArithmeticError) as error:
         parser.error(" ".join(str(error).split()))
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        parser.error("out of memory: use a smaller batch (--batch-size) or a smaller --model")
+        parser.error("out of memory: try a smaller --model or, in training, --batch-size")
 
 
 def pick_device(name=None):
     """The torch.device of this name; without a name, the fastest available."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ValueError("--device cuda: CUDA is not available on this machine")
+    if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
+        raise ValueError(f"--device {name} is not available on this machine")
     return torch.device(name or ("cuda" if has_cuda else "mps" if has_mps else "cpu"))
 
 
 def pick_dtype(device):
     """The name of the default compute dtype for training."""
-    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     return "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
 
 
@@ -104,7 +107,7 @@ def main(argv=None):
 
 def run(args):
     base_name = args.model
-    if args.lora is not None:  # before the base: it may be missing
+    if args.lora is not None:  # read first: it names the base
         config = json.loads(Path(args.lora, "adapter_config.json").read_bytes())
         base_name = base_name or config.get("base_model_name_or_path")
     base_name = base_name or TINY_MODEL

@@ -26,7 +26,7 @@ from lora import add_lora, save_lora
 from notebooks import e2e, toy
 from sample import TINY_MODEL
 
-TASKS = {"toy": toy, "e2e": e2e}  # toy.py says what a task defines
+TASKS = {"toy": toy, "e2e": e2e}  # toy.py lists what a task must define
 FILE_RECIPE = e2e.RECIPE | {"epochs": 3, "label_smoothing": 0.0, "lora_dropout": 0.0}
 RECIPES = {"toy": toy.RECIPE, "e2e": e2e.RECIPE, "files": FILE_RECIPE}
 
@@ -38,7 +38,7 @@ def make_parser():
     parser.description, parser.epilog = __doc__, "* depends on --data:" + "".join(recipes)
     add = parser.add_argument
     add("--data", default="toy:pirate", help="toy:VOICE, e2e, X.txt or X.jsonl")
-    add("--model", help="gpt2, gpt2-medium, ..., a folder, or new: random weights *")
+    add("--model", help="gpt2, ..., a folder, or new (gpt2; toy: out/tiny)")
     add("--out", help="folder for all results (out/MODEL-DATA)")
     add("--resume", metavar="DIR", help="continue the run in DIR, with its settings")
     add = parser.add_argument_group("LoRA").add_argument
@@ -52,13 +52,13 @@ def make_parser():
     add("--batch-size", type=int, help="examples per micro-batch *")
     add("--grad-accum", type=int, default=1, help="micro-batches per step (1)")
     add("--lr", type=float, help="peak learning rate *")
-    add("--warmup", type=int, help="steps of linear warmup; then linear decay *")
+    add("--warmup", type=int, help="of all steps (a tenth, at most 500); then decay")
     add("--label-smoothing", type=float, help="in the training loss *")
     add("--seed", type=int, default=0, help="random seed (0)")
     add("--eval-every", type=int, help="steps between evaluations *")
     add("--save-every", type=float, default=5, help="minutes between checkpoints (5)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the fastest")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="set by the device")
     add("--compile", action="store_true", help="slow start, then faster steps")
     return parser
 
@@ -68,8 +68,9 @@ def resolve_settings(args, n_examples=None):
     recipe = FILE_RECIPE | RECIPES.get(args.data.partition(":")[0], {})
     given = {key: value for key, value in vars(args).items() if value is not None}
     vars(args).update(recipe | given)
-    if 0 in (args.steps, args.batch_size, args.grad_accum):
-        raise ValueError("--steps, --batch-size and --grad-accum must be at least 1")
+    for key in ("steps", "batch_size", "grad_accum", "eval_every"):
+        if vars(args)[key] is not None and vars(args)[key] < 1:
+            raise ValueError(f"{key} must be at least 1")
     if args.steps is None:
         args.steps = math.ceil(args.epochs * n_examples / (args.batch_size * args.grad_accum))
     if args.warmup is None:
@@ -78,7 +79,7 @@ def resolve_settings(args, n_examples=None):
 
 
 def default_args(**overrides):
-    """The settings of `python train.py`, with these changes."""
+    """The settings of `python train.py`, with changes. E2E and files need `steps`."""
     args = make_parser().parse_args([])
     if unknown := overrides.keys() - vars(args).keys():
         raise TypeError(f"there is no setting {min(unknown)}")
@@ -87,16 +88,15 @@ def default_args(**overrides):
 
 
 def encode_pair(tokenizer, prompt, completion):
-    """An example: (ids of "prompt EOS completion EOS", number of prompt ids)."""
+    """An example: (ids of "prompt EOS completion EOS", length to the first EOS)."""
     prompt_ids = encode_text(tokenizer, prompt + EOS)
-    completion_ids = encode_text(tokenizer, " " + completion + EOS)
-    return prompt_ids + completion_ids, len(prompt_ids)
+    return prompt_ids + encode_text(tokenizer, " " + completion + EOS), len(prompt_ids)
 
 
 def load_data(data, tokenizer, block_size):
-    """(train_data, val_data), lists of examples. Raises OSError or ValueError."""
-    (task_name, _, subset), suffix = data.partition(":"), Path(data).suffix.lower()
-    task = TASKS.get(task_name)
+    """(train_data, val_data); val_data has at most 256. Raises OSError or ValueError."""
+    task_name, _, subset = data.partition(":")
+    task, suffix = TASKS.get(task_name), Path(data).suffix.lower()
     if task or suffix == ".jsonl":
         splits = task.load_pairs(subset) if task else [e2e.read_pairs(data)]
         splits = [[encode_pair(tokenizer, *pair) for pair in pairs] for pairs in splits]
@@ -113,7 +113,7 @@ def load_data(data, tokenizer, block_size):
     if n_kept < n_read:
         print(f"{data}: {n_kept} of {n_read} examples fit in {block_size} tokens")
     if n_kept <= n_read / 2:
-        raise ValueError(f"{data}: too few examples fit: use --model gpt2")
+        raise ValueError(f"{data}: too few examples fit in {block_size} tokens: try --model gpt2")
     if len(splits) == 1:
         n_train = math.ceil(0.95 * n_kept)  # the last 5% is for validation
         splits = [splits[0][:n_train], splits[0][n_train:]]
@@ -121,9 +121,9 @@ def load_data(data, tokenizer, block_size):
 
 
 def collate(examples, device):
-    """Token ids (B, T) on the device, and targets (B, T), on the CPU."""
+    """Token ids (B, T) on the device, targets (B, T) on the CPU (see GPT.forward)."""
     idx = [torch.tensor(ids[:-1]) for ids, _ in examples]
-    # The target at each position is the next token; -100 means no target.
+    # The target at each position is the next token; -100 means none. Padding comes last.
     targets = [torch.tensor([-100] * (n_prompt - 1) + ids[n_prompt:]) for ids, n_prompt in examples]
     targets = pad_sequence(targets, batch_first=True, padding_value=-100)
     return pad_sequence(idx, batch_first=True).to(device), targets
@@ -143,7 +143,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     device, weight_dtype = model.wte.weight.device, model.wte.weight.dtype
     compute_dtype = getattr(torch, args.dtype) if args.dtype else weight_dtype
-    # LoRA: frozen weights have this dtype, LoRALinear casts A and B, autocast is off.
+    # LoRA: frozen weights have compute_dtype, A and B are cast to it, autocast is off.
     # Full fine-tuning: weights are float32, and autocast casts them for each matmul.
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != weight_dtype)
     # Small float16 gradients underflow. Scaling up the loss prevents this.
@@ -172,7 +172,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
         for idx, targets in micro_batches:
             with autocast:
                 loss = model(idx, targets, args.label_smoothing)
-            # Weighted by target count, the losses add up to the mean of the batch.
+            # Weighted by target count, the losses add up to the mean loss per target.
             loss = loss * ((targets != -100).sum() / n_targets)
             scaler.scale(loss).backward()
             running_loss = running_loss + loss.detach()
@@ -186,22 +186,21 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
         optimizer.zero_grad()
         steps_done = step + 1
 
-        # Log five times per evaluation. Only train_loss has dropout and smoothing.
+        # Log five times per evaluation. Only train_loss includes dropout and smoothing.
         should_eval = steps_done % args.eval_every == 0 or steps_done == args.steps
         if should_eval or steps_done % max(1, args.eval_every // 5) == 0:
             train_loss = float(running_loss) / (steps_done - (log[-1]["step"] if log else 0))
             if not math.isfinite(train_loss):
-                raise FloatingPointError(f"step {steps_done}: loss {train_loss}, lower --lr")
+                raise FloatingPointError(f"step {steps_done}: loss is {train_loss}; lower --lr")
             metrics = dict(step=steps_done, train_loss=train_loss, val_loss=math.nan)
             metrics["lr"] = optimizer.param_groups[0]["lr"]
             metrics["tokens_per_sec"] = n_tokens / (time.time() - last_log_time)
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if should_eval:
                 with autocast:
                     metrics["val_loss"] = evaluate(model, val_data, args.batch_size)
             log.append(metrics)
             if args.out:
-                rows = [metrics.keys(), *(metrics.values() for metrics in log)]
+                rows = [metrics.keys(), *(entry.values() for entry in log)]
                 text = "".join(",".join(map(str, row)) + "\n" for row in rows)
                 atomic_write(Path(args.out, "log.csv"), partial(Path.write_text, data=text))
             running_loss, n_tokens, last_log_time = 0.0, 0, time.time()
@@ -246,16 +245,17 @@ def evaluate(model, examples, batch_size):
 
 
 def print_metrics(metrics):
-    row = "step {step:5}  loss {train_loss:.4f}  val {val_loss:6.4f}  lr {lr:.1e}"
-    row += "  {tokens_per_sec:7,.0f} tokens/s"
-    print(row.format_map(metrics).replace("nan", "   "), flush=True)
+    template = "step {step:5}  loss {train_loss:.4f}  val {val_loss:6.4f}  lr {lr:.1e}"
+    template += "  {tokens_per_sec:7,.0f} tokens/s"
+    print(template.format_map(metrics).replace("nan", "   "), flush=True)
 
 
 def load_base(name_or_dir, dtype=torch.float32, device="cpu"):
     """Load a trained GPT. If it is the tiny model and is missing, train it first."""
     if str(name_or_dir) == TINY_MODEL and not Path(TINY_MODEL, "model.safetensors").exists():
         print(f"Training {TINY_MODEL}, the base model, first. This happens once.")
-        main(["--model", "new", "--data", "toy:all", "--steps", "600", "--out", TINY_MODEL])
+        argv = ["--model", "new", "--data", "toy:all", "--steps", "600", "--out", TINY_MODEL]
+        main([*argv, "--device", torch.device(device).type])
     return GPT.from_pretrained(name_or_dir, dtype, device)
 
 
@@ -263,11 +263,11 @@ def claim_folder(args, train_data):
     """Write settings.json. Raises ValueError if the folder has another run's files."""
     args.data_sha256 = hashlib.sha256(repr(train_data).encode()).hexdigest()
     path = Path(args.out, "settings.json")
-    # These may change when a run is resumed.
+    # All settings, except those that may change when a run is resumed.
     keys = vars(args).keys() - {"device", "compile", "save_every", "out", "resume"}
     text = json.dumps({key: vars(args)[key] for key in sorted(keys)}, indent=2)
     if set(path.parent.glob("*")) - {path} and not (path.exists() and path.read_text() == text):
-        raise ValueError(f"{args.out} has files of another run: choose another --out")
+        raise ValueError(f"{args.out} has files from another run: choose another --out")
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
 
@@ -289,9 +289,9 @@ def main(argv=None):
         try:
             run(args)
         except KeyboardInterrupt:
-            has_checkpoint = args.out and Path(args.out, "checkpoint.pt").exists()
-            advice = f"python train.py --resume {args.out}" if has_checkpoint else "nothing saved"
-            parser.exit(130, f"\ninterrupted: {advice}\n")
+            if args.out and Path(args.out, "checkpoint.pt").exists():
+                parser.exit(130, f"\nNext: python train.py --resume {args.out}\n")
+            parser.exit(130, "\nInterrupted, with nothing saved to continue from.\n")
 
 
 def run(args):
@@ -324,8 +324,8 @@ def run(args):
     print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
     base_loss = evaluate(model, (val_data or train_data)[:8], args.batch_size)
     if base_loss > math.log(model.config.vocab_size) and not from_scratch:
-        print(f"warning: {args.model} cannot read this text. Use --model gpt2, or after a change")
-        print("of toy.py a new base: --model new --data toy:all --steps 600 --out out/new-tiny")
+        print(f"warning: {args.model} cannot read this text. Use gpt2 or, if toy.py has changed,")
+        print("a new base: --model new --data toy:all --steps 600 --out out/new-tiny")
     if not is_full:
         torch.manual_seed(args.seed)  # the same A, whatever ran before
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
