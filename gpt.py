@@ -325,6 +325,8 @@ def load_config(name_or_dir):
     for key, value in REQUIRED_CONFIG.items():
         if hf_config.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {hf_config[key]!r}, but GPT-2 has {value!r}")
+    if not isinstance(hf_config.get("eos_token_id", 0), int):
+        raise ValueError(f"{path}: eos_token_id must be one id")
     hf_config["block_size"] = hf_config.get("n_positions", 1024)
     return GPTConfig(**{key: hf_config[key] for key in vars(GPTConfig()) if key in hf_config})
 

@@ -127,7 +127,7 @@ def run(args):
     idx = torch.tensor([prompt_ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may split a character
-    print(args.prompt, end="", flush=True)
+    print(args.prompt.translate(ESCAPES), end="", flush=True)
     for token in model.generate(idx, max_new_tokens, args.temperature, args.top_k, generator):
         if token.item() == tokenizer.eot_token:
             break

@@ -28,7 +28,7 @@ from sample import TINY_MODEL
 
 TASKS = {"toy": toy, "e2e": e2e}  # toy.py lists what a task must define
 FILE_RECIPE = e2e.RECIPE | {"epochs": 3, "label_smoothing": 0.0, "lora_dropout": 0.0}
-RECIPES = {"toy": toy.RECIPE, "e2e": e2e.RECIPE, "files": FILE_RECIPE}
+RECIPES = {name: task.RECIPE for name, task in TASKS.items()} | {"files": FILE_RECIPE}
 
 
 def make_parser():
@@ -94,7 +94,7 @@ def encode_pair(tokenizer, prompt, completion):
 
 
 def load_data(data, tokenizer, block_size):
-    """(train_data, val_data); val_data has at most 256. Raises OSError or ValueError."""
+    """(train_data, val_data of at most 256 examples). Raises OSError or ValueError."""
     task_name, _, subset = data.partition(":")
     task, suffix = TASKS.get(task_name), Path(data).suffix.lower()
     if task or suffix == ".jsonl":
@@ -115,7 +115,7 @@ def load_data(data, tokenizer, block_size):
     if n_kept <= n_read / 2:
         raise ValueError(f"{data}: too few examples fit in {block_size} tokens: try --model gpt2")
     if len(splits) == 1:
-        n_train = math.ceil(0.95 * n_kept)  # the last 5% is for validation
+        n_train = n_kept - min(256, n_kept // 20)  # the last 5% is for validation
         splits = [splits[0][:n_train], splits[0][n_train:]]
     return splits[0], random.Random(0).sample(splits[1], min(256, len(splits[1])))
 
@@ -267,7 +267,7 @@ def claim_folder(args, train_data):
     keys = vars(args).keys() - {"device", "compile", "save_every", "out", "resume"}
     text = json.dumps({key: vars(args)[key] for key in sorted(keys)}, indent=2)
     if set(path.parent.glob("*")) - {path} and not (path.exists() and path.read_text() == text):
-        raise ValueError(f"{args.out} has files from another run: choose another --out")
+        raise ValueError(f"{args.out} has another run's files: delete it or choose an --out")
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
 
@@ -290,7 +290,7 @@ def main(argv=None):
             run(args)
         except KeyboardInterrupt:
             if args.out and Path(args.out, "checkpoint.pt").exists():
-                parser.exit(130, f"\nNext: python train.py --resume {args.out}\n")
+                parser.exit(130, f'\nNext: python train.py --resume "{args.out}"\n')
             parser.exit(130, "\nInterrupted, with nothing saved to continue from.\n")
 
 
@@ -298,6 +298,7 @@ def run(args):
     task_name, _, subset = args.data.partition(":")
     task, is_full = TASKS.get(task_name), args.method == "full"
     args.model = args.model or (TINY_MODEL if task is toy else "gpt2")
+    val_pairs = task.load_pairs(subset)[1][:256] if hasattr(task, "metrics") else []
     device = sample.pick_device(args.device)
     args.dtype = args.dtype or sample.pick_dtype(device)
     torch.manual_seed(args.seed)
@@ -317,7 +318,6 @@ def run(args):
     args.out = args.out or "out/" + re.sub("[: ]", "-", name)
     claim_folder(args, train_data)
     n_params = sum(p.numel() for p in model.parameters())
-    val_pairs = task.load_pairs(subset)[1][:256] if hasattr(task, "metrics") else []
     prompts = [prompt for prompt, _ in val_pairs]
     base_texts = sample.generate_texts(model, tokenizer, prompts)
     print(f"base   {args.model}: {n_params:,} parameters, {args.dtype} on {device}")
@@ -329,7 +329,7 @@ def run(args):
     if not is_full:
         torch.manual_seed(args.seed)  # the same A, whatever ran before
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
-        print(f"LoRA   r = {args.r}, alpha = {args.alpha:g} on {' '.join(args.targets)}")
+        print(f"LoRA   r {args.r}, alpha {args.alpha:g} on {' '.join(args.targets)}")
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"train  {n_trainable:,} parameters, {args.steps} steps, peak lr {args.lr}")
     for block in model.h if args.compile else ():
@@ -350,9 +350,9 @@ def run(args):
             print(f"  {name:16}  base {base_shares[name]:6.1%}   trained {share:6.1%}")
     ids, n_prompt = train_data[0]
     prompt = tokenizer.decode(ids[: n_prompt if n_prompt > 1 else 8])
-    prompt = re.sub(r"""["$`!%\\\s]+""", " ", prompt)  # safe in quotes, in any shell
-    flag = "--model" if is_full else "--lora"
-    print(f'\nSaved in {args.out}. Next:\n  python sample.py {flag} {args.out} --prompt "{prompt}"')
+    prompt = re.sub(r"""["“”$`!%\\\s\x00-\x1f]+""", " ", prompt).lstrip("-")  # safe in a shell
+    flag = f'--model "{args.out}"' if is_full else f'--lora "{args.out}"'
+    print(f'\nSaved in {args.out}. Next:\n  python sample.py {flag} --prompt "{prompt}"')
     print("  python train.py --data toy:formal\n  jupyter notebook notebooks/lora.ipynb")
 
 

@@ -54,7 +54,10 @@ def download_e2e(filename):
 
 
 def read_text(path):
-    text = Path(path).read_text(encoding="utf-8-sig")  # -sig removes a byte order mark
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # -sig removes a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text
@@ -175,9 +178,8 @@ def load_microsoft_adapter(model, path):
 
     They adapt the query and value parts of c_attn and stack the two: lora_A (2r, C) is
     [A_q; A_v], lora_B (2C, r) is [B_q; B_v]. Their alpha, 32, is not in the file.
-    Raises OSError, or ValueError if the file does not fit the model.
+    Raises ValueError if the file is missing or does not fit the model.
     """
-    Path(path).open("rb").close()  # raises OSError if the file cannot be read
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         state_dict = state_dict.get("model_state_dict", state_dict)
@@ -189,8 +191,7 @@ def load_microsoft_adapter(model, path):
             A, B = (tensors[f"{fused}.lora_{letter}"].chunk(2)[half] for letter in "AB")
             layer.load_state_dict({"lora_A": A, "lora_B": B}, strict=False)
     except Exception as error:  # torch.load raises many kinds of error
-        reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
-        raise ValueError(f"{path} is not an adapter for this model ({reason})") from None
+        raise ValueError(f"{path} is no adapter for this model: {str(error)[:80]}") from None
 
 
 def main(argv=None):
@@ -221,9 +222,13 @@ def run(args):
         raise OSError("BLEU needs sacrebleu: pip install sacrebleu") from None
     data_path = download_e2e("test.txt") if args.data == "e2e" else args.data.removeprefix("e2e:")
     out_path, references_path = Path(args.out), Path(args.out).with_suffix(".references.txt")
-    if Path(data_path).resolve() in (out_path.resolve(), references_path.resolve()):
-        raise ValueError(f"--out {out_path} would overwrite the data")
+    if out_path.exists() or references_path.exists():
+        raise ValueError(f"{out_path} or {references_path} exists: choose another --out")
     references = load_references(data_path)
+    # The official scorer's input format: references in blocks, a blank line after each.
+    blocks = ["\n".join([*texts, "", ""]) for texts in references.values()]
+    write_text = partial(Path.write_text, encoding="utf-8")
+    atomic_write(references_path, partial(write_text, data="".join(blocks)))
     device = sample.pick_device(args.device)
     model = GPT.from_pretrained(args.model, getattr(torch, args.dtype), device)
     tokenizer = load_tokenizer(args.model)
@@ -237,8 +242,7 @@ def run(args):
     if len(blank_line_ids) == 1:
         eos_token_ids.update(blank_line_ids)
 
-    prompts, outputs = list(references), [""] * len(references)
-    n_done = 0
+    prompts, outputs, n_done = list(references), [""] * len(references), 0
     for prompt_indices, idx in sample.batch_by_length(tokenizer, prompts, args.batch_size):
         beam_options = (args.num_beams, args.max_new_tokens, args.length_penalty)
         beam_options += (args.no_repeat_ngram_size, eos_token_ids)
@@ -247,10 +251,7 @@ def run(args):
             outputs[i] = " ".join(tokenizer.decode(token_ids).split("\n\n")[0].split())
         n_done += len(prompt_indices)
         print(f"\r{n_done} of {len(prompts)} prompts ", end="", flush=True)
-    # The official scorer's input format: blocks of references separated by a blank line.
-    blocks = ["\n".join(texts) + "\n" for texts in references.values()]
-    for path, lines in ((out_path, [*outputs, ""]), (references_path, blocks)):
-        atomic_write(path, partial(Path.write_text, data="\n".join(lines), encoding="utf-8"))
+    atomic_write(out_path, partial(write_text, data="\n".join([*outputs, ""])))
     print(f"\n{len(outputs)} outputs in {out_path}, their references in {references_path}")
     print(f"BLEU {compute_bleu(outputs, list(references.values())):.2f}")
 

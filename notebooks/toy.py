@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 from gpt import CHAR_TO_BYTE, EOS, GPTConfig, atomic_write
@@ -111,10 +112,8 @@ def load_pairs(voice):
 
 
 ALL_WORDS = {voice: set(re.findall(r"\w+", str(VOICES[voice]))) for voice in VOICES}
-UNIQUE_WORDS = {}  # {voice: the words that only this voice uses}
-for voice in VOICES:
-    other_words = [ALL_WORDS[other] for other in VOICES if other != voice]
-    UNIQUE_WORDS[voice] = ALL_WORDS[voice].difference(*other_words)
+N_VOICES = Counter(itertools.chain(*ALL_WORDS.values()))  # {word: voices that use it}
+UNIQUE_WORDS = {v: {w for w in words if N_VOICES[w] == 1} for v, words in ALL_WORDS.items()}
 
 
 def has_voice(text, voice):
@@ -127,8 +126,7 @@ def slots_correct(text, restaurant):
     """Whether the text states each slot's value, in any voice, and no other value."""
     for slot, value in restaurant.items():
         values = {phrase(slot, v, voice): v for v in SLOTS[slot] for voice in VOICES}
-        longest_first = sorted(values, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
+        pattern = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
         found = re.findall(rf"(?<!\w)(?:{pattern})(?!\w)", text)
         if {values[wording] for wording in found} != {value}:
             return False
@@ -158,13 +156,15 @@ def build_bpe():
     return {token: i for i, token in enumerate(tokens)}, list(token_parts.values())
 
 
-VOCAB, MERGES = build_bpe()
+try:
+    VOCAB, MERGES = build_bpe()
+except (LookupError, ValueError) as error:
+    raise SystemExit(f"toy.py: a mistake in VOICES: {error!r}") from None
 CONFIG = GPTConfig(128, len(VOCAB), 4, 4, n_embd=128, eos_token_id=VOCAB[EOS])  # for --model new
 
 
 def save_tokenizer(dir):
     """Write vocab.json and merges.txt, for `load_tokenizer` and `transformers`."""
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in MERGES)]
-    merges_txt = "\n".join(lines).encode()
+    merges_txt = "\n".join(["#version: 0.2", *map(" ".join, MERGES)]).encode()
     atomic_write(Path(dir, "vocab.json"), lambda tmp: tmp.write_text(json.dumps(VOCAB)))
     atomic_write(Path(dir, "merges.txt"), lambda tmp: tmp.write_bytes(merges_txt))

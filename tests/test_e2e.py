@@ -205,10 +205,11 @@ def test_command_writes_outputs_and_references_and_prints_bleu(folder, capsys):
         assert output == " ".join(tokenizer.decode(tokens).split())
 
 
-def test_out_is_not_the_data(folder, capsys):
-    Path("link.txt").symlink_to("data.jsonl")
-    assert "--out" in error_message(e2e, f"{LINE} --out link.txt", capsys)
-    assert e2e.read_pairs("data.jsonl")[: len(PAIRS)] == PAIRS
+@pytest.mark.parametrize("existing", ["p.txt", "p.references.txt"])
+def test_nothing_is_overwritten(folder, existing, capsys):
+    Path(existing).write_text("notes")
+    assert "--out" in error_message(e2e, LINE, capsys)
+    assert Path(existing).read_text() == "notes"
 
 
 def test_sacrebleu_is_asked_for_before_decoding(folder, monkeypatch, capsys):
