@@ -1,22 +1,5 @@
-"""An adapter goes to `accelerate`, which trains it in two processes, and comes back."""
+"""Several devices: this script trains an adapter with `accelerate`, one process per device.
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import peft
-import pytest
-import torch
-from commands import make_base, toy_pairs, write_jsonl
-from conftest import random_tokens
-from transformers import GPT2LMHeadModel
-
-import gpt
-from gpt import GPT
-from lora import add_lora, load_lora, lora_layers, merge_lora, save_lora
-
-SCRIPT = """
 import sys
 import torch
 from accelerate import Accelerator
@@ -44,6 +27,24 @@ for idx, targets in loader:  # each process gets other batches
 if accelerator.is_main_process:
     accelerator.unwrap_model(model).save_pretrained(out)
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from commands import make_base, toy_pairs, write_jsonl
+from conftest import random_tokens
+from transformers import GPT2LMHeadModel
+
+import gpt
+from gpt import GPT
+from lora import add_lora, load_lora, lora_layers, merge_lora, save_lora
+
+SCRIPT = __doc__.partition("\n\n")[2]
 
 
 @pytest.mark.slow

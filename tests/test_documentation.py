@@ -50,6 +50,15 @@ def test_a_documented_command_runs(command, flags, stand_ins):
     run({"train": train, "sample": sample, "notebooks.e2e": e2e}[command], flags)
 
 
+def test_the_snippets_in_the_readme_run(stand_ins, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    Path("my.csv").write_text("question,answer\nWho?,Me.\n")
+    run(train, "--model gpt2 --data my.txt --steps 1")
+    for source in re.findall(r"```python\n(.*?)```|python -c \"([^\"]*)\"", TEXT, re.DOTALL):
+        exec("".join(source), {})
+    assert e2e.read_pairs("my.jsonl") == [("Who?", "Me.")]
+
+
 @pytest.mark.slow
 def test_the_first_run_and_the_command_that_it_prints(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)  # the first run may have left its base in out/
