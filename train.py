@@ -17,7 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import sample  # before torch, because it sets GOMP_SPINCOUNT
+import sample  # sets GOMP_SPINCOUNT, so it must precede torch
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -52,13 +52,13 @@ def make_parser():
     add("--batch-size", type=int, help="examples per micro-batch *")
     add("--grad-accum", type=int, default=1, help="micro-batches per step (1)")
     add("--lr", type=float, help="peak learning rate *")
-    add("--warmup", type=int, help="of all steps (a tenth, at most 500); then decay")
+    add("--warmup", type=int, help="steps before decay (a tenth, at most 500)")
     add("--label-smoothing", type=float, help="in the training loss *")
     add("--seed", type=int, default=0, help="random seed (0)")
     add("--eval-every", type=int, help="steps between evaluations *")
     add("--save-every", type=float, default=5, help="minutes between checkpoints (5)")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="set by the device")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(by device)")
     add("--compile", action="store_true", help="slow start, then faster steps")
     return parser
 
@@ -88,7 +88,7 @@ def default_args(**overrides):
 
 
 def encode_pair(tokenizer, prompt, completion):
-    """An example: (ids of "prompt EOS completion EOS", length to the first EOS)."""
+    """An example: (ids of "prompt EOS completion EOS", length through the first EOS)."""
     prompt_ids = encode_text(tokenizer, prompt + EOS)
     return prompt_ids + encode_text(tokenizer, " " + completion + EOS), len(prompt_ids)
 
@@ -113,9 +113,9 @@ def load_data(data, tokenizer, block_size):
     if n_kept < n_read:
         print(f"{data}: {n_kept} of {n_read} examples fit in {block_size} tokens")
     if n_kept <= n_read / 2:
-        raise ValueError(f"{data}: too few examples fit in {block_size} tokens: try --model gpt2")
+        raise ValueError(f"{data}: most examples exceed {block_size} tokens: try --model gpt2")
     if len(splits) == 1:
-        n_train = n_kept - min(256, n_kept // 20)  # the last 5% is for validation
+        n_train = n_kept - min(256, n_kept // 20)  # 5% for validation, at most 256
         splits = [splits[0][:n_train], splits[0][n_train:]]
     return splits[0], random.Random(0).sample(splits[1], min(256, len(splits[1])))
 
@@ -267,7 +267,7 @@ def claim_folder(args, train_data):
     keys = vars(args).keys() - {"device", "compile", "save_every", "out", "resume"}
     text = json.dumps({key: vars(args)[key] for key in sorted(keys)}, indent=2)
     if set(path.parent.glob("*")) - {path} and not (path.exists() and path.read_text() == text):
-        raise ValueError(f"{args.out} has another run's files: delete it or choose an --out")
+        raise ValueError(f"{args.out} has another run's files: delete it, or change --out")
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
 
@@ -278,7 +278,7 @@ def main(argv=None):
         if args.resume:  # its settings become the defaults
             has_result = any(Path(args.resume).glob("*model.safetensors"))
             if args.out or (has_result and not Path(args.resume, "checkpoint.pt").exists()):
-                raise ValueError(f"--resume {args.resume}: the run is finished, or --out was given")
+                raise ValueError(f"--resume {args.resume}: it is finished, or --out was given too")
             settings = json.loads(Path(args.resume, "settings.json").read_bytes())
             parser.set_defaults(**settings, out=args.resume)
             args = parser.parse_args(argv)
@@ -324,7 +324,7 @@ def run(args):
     print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
     base_loss = evaluate(model, (val_data or train_data)[:8], args.batch_size)
     if base_loss > math.log(model.config.vocab_size) and not from_scratch:
-        print(f"warning: {args.model} cannot read this text. Use gpt2 or, if toy.py has changed,")
+        print(f"warning: {args.model} is worse than chance here. Use gpt2 or, if toy.py changed,")
         print("a new base: --model new --data toy:all --steps 600 --out out/new-tiny")
     if not is_full:
         torch.manual_seed(args.seed)  # the same A, whatever ran before

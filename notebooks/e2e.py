@@ -16,7 +16,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-import sample  # before torch, because it sets GOMP_SPINCOUNT
+import sample  # sets GOMP_SPINCOUNT, so it must precede torch
 import torch
 
 from gpt import GPT, atomic_write, encode_text, load_tokenizer
