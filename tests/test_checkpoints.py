@@ -107,6 +107,7 @@ def test_a_setting_that_changes_the_mathematics_is_refused(base_dir, setting, va
 
 
 MISMATCHES = [("n_layer", 3, r"h\.2\."), ("n_layer", 1, r"h\.1\."), ("vocab_size", 96, "97.*96")]
+MISMATCHES += [("eos_token_id", None, "one id"), ("eos_token_id", [1, 2], "one id")]
 
 
 @pytest.mark.parametrize("setting, value, match", MISMATCHES)

@@ -177,6 +177,7 @@ TRAIN_MISTAKES = {  # flags: what the line names
     "--batch 8": "--batch 8",
     "--method full --r 8": "r has no effect",
     "--data empty.txt": "empty",
+    "--data latin1.txt": "latin1.txt is not in UTF-8",
     "--data long.jsonl": "gpt2",
     "--model adapter": "--lora",
     "--out data.jsonl/x": "data.jsonl",
@@ -188,6 +189,7 @@ def test_mistakes_in_training(flags, capsys):
     Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n')
     Path("data.csv").write_text("a,b\n")
     Path("empty.txt").write_text("\n")
+    Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     write_jsonl("long.jsonl", toy_pairs(1) + [("Arr", "Arr" * 100)] * 2)
     assert TRAIN_MISTAKES[flags] in error_message(train, f"{LINE} {flags}", capsys)
 

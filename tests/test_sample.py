@@ -85,14 +85,16 @@ def test_without_a_base_it_says_to_train_first(base, capsys):
     assert output("--prompt Arr", capsys).startswith("Arr")
 
 
-def test_a_character_of_two_tokens_is_printed_whole(base, monkeypatch, capsys):
-    _, tokenizer = base
-    ids = encode_text(tokenizer, "\u00e9")
+@pytest.mark.parametrize("text, printed", [("\u00e9", "\u00e9"), ("\x1b\x07", r"\x1b\x07")])
+def test_characters_are_printed_whole_and_controls_escaped(
+    base, monkeypatch, capsys, text, printed
+):
+    ids = encode_text(base[1], text)
     assert len(ids) == 2
     monkeypatch.setattr(
         GPT, "generate", lambda *args, **kwargs: map(torch.tensor, [[i] for i in ids])
     )
-    assert output("--model base --prompt caf", capsys) == "caf\u00e9\n"
+    assert output("--model base --prompt 'caf\x1b'", capsys) == rf"caf\x1b{printed}" + "\n"
 
 
 def test_default_length_fits_the_context(base, capsys):
