@@ -61,11 +61,13 @@ def test_same_command_again_trains_again(capsys):
         assert capsys.readouterr().out.count("loss ") == 3
 
 
-def test_printed_command_works(capsys):
-    run(train, LINE)
+def test_printed_command_works_in_any_shell(capsys):
+    write_jsonl("my data.jsonl", [('Say "hi" to $USER, `please`!', "Arr")] * 20)
+    run(train, f"{LINE} --data 'my data.jsonl'")
     [line] = re.findall("sample.py (.*)", capsys.readouterr().out)
+    assert not set("$`!") & set(line) and line.count('"') == 4
     run(sample, f"{line} --max-new-tokens 2")
-    assert capsys.readouterr().out.startswith("name : ")
+    assert capsys.readouterr().out.startswith("Say hi to USER, please ")
 
 
 def test_method_full_saves_a_base_with_its_tokenizer():
