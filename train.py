@@ -1,7 +1,7 @@
 """Fine-tune GPT-2, with LoRA or in full, on one GPU or a laptop's CPU.
 
 python train.py                                 # make a tiny GPT-2 talk like a pirate
-python train.py --model gpt2 --data my.txt      # or .jsonl: {"prompt", "completion"}
+python train.py --model gpt2 --data my.txt      # or my.jsonl: prompts and completions
 python train.py --model gpt2-medium --data e2e  # the paper's task and settings
 python train.py --resume out/gpt2-my            # continue an interrupted run
 """
@@ -88,7 +88,7 @@ def default_args(**overrides):
 
 
 def encode_pair(tokenizer, prompt, completion):
-    """An example: (ids of "prompt EOS completion EOS", length through the first EOS)."""
+    """An example: (ids of "prompt EOS completion EOS", length of the prompt with EOS)."""
     prompt_ids = encode_text(tokenizer, prompt + EOS)
     return prompt_ids + encode_text(tokenizer, " " + completion + EOS), len(prompt_ids)
 
@@ -112,8 +112,8 @@ def load_data(data, tokenizer, block_size):
     n_kept = sum(map(len, splits))
     if n_kept < n_read:
         print(f"{data}: {n_kept} of {n_read} examples fit in {block_size} tokens")
-    if n_kept <= n_read / 2:
-        raise ValueError(f"{data}: most examples exceed {block_size} tokens: try --model gpt2")
+    if n_kept < max(1, n_read) / 2:
+        raise ValueError(f"{data}: too few examples fit in {block_size} tokens: try gpt2")
     if len(splits) == 1:
         n_train = n_kept - min(256, n_kept // 20)  # 5% for validation, at most 256
         splits = [splits[0][:n_train], splits[0][n_train:]]
@@ -186,7 +186,7 @@ def train(model, train_data, val_data, args, on_log=None, optimizer=None):
         optimizer.zero_grad()
         steps_done = step + 1
 
-        # Log five times per evaluation. Only train_loss includes dropout and smoothing.
+        # Log about five times per evaluation. train_loss includes dropout and smoothing.
         should_eval = steps_done % args.eval_every == 0 or steps_done == args.steps
         if should_eval or steps_done % max(1, args.eval_every // 5) == 0:
             train_loss = float(running_loss) / (steps_done - (log[-1]["step"] if log else 0))
@@ -291,7 +291,7 @@ def main(argv=None):
         except KeyboardInterrupt:
             if args.out and Path(args.out, "checkpoint.pt").exists():
                 parser.exit(130, f'\nNext: python train.py --resume "{args.out}"\n')
-            parser.exit(130, "\nInterrupted, with nothing saved to continue from.\n")
+            parser.exit(130, "\nInterrupted, without a checkpoint.\n")
 
 
 def run(args):

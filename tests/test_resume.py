@@ -88,7 +88,7 @@ def test_a_killed_process_is_resumed():
     assert_same_result("whole", "killed")
 
 
-@pytest.mark.parametrize("flags, advice", [("--save-every 0", '--resume "out"'), ("", "nothing")])
+@pytest.mark.parametrize("flags, advice", [("--save-every 0", '--resume "out"'), ("", "without")])
 def test_ctrl_c_says_how_to_go_on(flags, advice, capsys):
     interrupt(f"{LINE} --steps 3 --out out {flags}", step=2)
     assert advice in capsys.readouterr().err
