@@ -113,7 +113,7 @@ def load_data(data, tokenizer, block_size):
     if n_kept < n_read:
         print(f"{data}: {n_kept} of {n_read} examples fit in {block_size} tokens")
     if n_kept < max(1, n_read) / 2:
-        raise ValueError(f"{data}: too few examples fit in {block_size} tokens: try gpt2")
+        raise ValueError(f"{data}: too few fit in {block_size} tokens: try --model gpt2")
     if len(splits) == 1:
         n_train = n_kept - min(256, n_kept // 20)  # 5% for validation, at most 256
         splits = [splits[0][:n_train], splits[0][n_train:]]
@@ -123,7 +123,7 @@ def load_data(data, tokenizer, block_size):
 def collate(examples, device):
     """Token ids (B, T) on the device, targets (B, T) on the CPU (see GPT.forward)."""
     idx = [torch.tensor(ids[:-1]) for ids, _ in examples]
-    # The target at each position is the next token; -100 means none. Padding comes last.
+    # The target at each position is the next token; -100 means none. Padding is last.
     targets = [torch.tensor([-100] * (n_prompt - 1) + ids[n_prompt:]) for ids, n_prompt in examples]
     targets = pad_sequence(targets, batch_first=True, padding_value=-100)
     return pad_sequence(idx, batch_first=True).to(device), targets
