@@ -298,7 +298,8 @@ def run(args):
     task_name, _, subset = args.data.partition(":")
     task, is_full = TASKS.get(task_name), args.method == "full"
     args.model = args.model or (TINY_MODEL if task is toy else "gpt2")
-    val_pairs = task.load_pairs(subset)[1][:256] if hasattr(task, "metrics") else []
+    has_metrics = hasattr(task, "metrics") and args.model != "new"
+    val_pairs = task.load_pairs(subset)[1][:256] if has_metrics else []
     device = sample.pick_device(args.device)
     args.dtype = args.dtype or sample.pick_dtype(device)
     torch.manual_seed(args.seed)
@@ -324,8 +325,7 @@ def run(args):
     print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
     base_loss = evaluate(model, (val_data or train_data)[:8], args.batch_size)
     if base_loss > math.log(model.config.vocab_size) and not from_scratch:
-        print(f"warning: {args.model} is worse than chance here. Use gpt2 or, if toy.py changed,")
-        print("a new base: --model new --data toy:all --steps 600 --out out/new-tiny")
+        print(f"warning: {args.model} cannot read this text. Use gpt2; for a new voice, delete it")
     if not is_full:
         torch.manual_seed(args.seed)  # the same A, whatever ran before
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)
@@ -353,7 +353,7 @@ def run(args):
     prompt = re.sub(r"""["“”$`!%\\\s\x00-\x1f]+""", " ", prompt).lstrip("-")  # safe in a shell
     flag = f'--model "{args.out}"' if is_full else f'--lora "{args.out}"'
     print(f'\nSaved in {args.out}. Next:\n  python sample.py {flag} --prompt "{prompt}"')
-    print("  python train.py --data toy:formal\n  jupyter notebook notebooks/lora.ipynb")
+    print("  jupyter notebook notebooks/lora.ipynb")
 
 
 if __name__ == "__main__":
