@@ -298,12 +298,12 @@ def run(args):
     task_name, _, subset = args.data.partition(":")
     task, is_full = TASKS.get(task_name), args.method == "full"
     args.model = args.model or (TINY_MODEL if task is toy else "gpt2")
-    has_metrics = hasattr(task, "metrics") and args.model != "new"
+    base_name, from_scratch = args.model, args.model == "new"
+    has_metrics = hasattr(task, "metrics") and not from_scratch
     val_pairs = task.load_pairs(subset)[1][:256] if has_metrics else []
     device = sample.pick_device(args.device)
     args.dtype = args.dtype or sample.pick_dtype(device)
     torch.manual_seed(args.seed)
-    base_name, from_scratch = args.model, args.model == "new"
     if from_scratch:  # save a model with random weights, then load it like any other
         if not hasattr(task, "CONFIG"):
             raise ValueError("--model new needs data with a tokenizer, like toy:all")

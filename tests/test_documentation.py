@@ -31,7 +31,6 @@ def stand_ins(tmp_path, monkeypatch, gpt2_tokenizer):
     Path("my.txt").write_text("The dog ran. " * 20)
     write_jsonl("my.jsonl", [("name : Blue Spice", "Blue Spice is a pub.")] * 3)
     monkeypatch.setattr(e2e, "download_e2e", lambda filename: "my.jsonl")
-    monkeypatch.setattr(e2e, "load_microsoft_adapter", lambda model, path: add_lora(model))
     add_lora(model)
     return model
 
