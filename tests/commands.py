@@ -12,6 +12,8 @@ import torch
 from gpt import GPT
 from notebooks import toy
 
+RUN_FILES = ["adapter_config.json", "adapter_model.safetensors", "log.csv", "settings.json"]
+
 
 def make_base(dir, **sizes):
     """Save a tiny GPT-2 with random weights and the toy's tokenizer. Returns the folder."""

@@ -1,4 +1,4 @@
-"""What the tests share: the --slow switch, and small random models made by `transformers`."""
+"""What the tests share: the --slow switch, small random models, and a folder for commands."""
 
 import json
 import os
@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pytest
 import torch
 import transformers
+from commands import make_base, toy_pairs, write_jsonl
 
-import gpt
+from gpt import GPT, load_tokenizer
+from lora import add_lora, save_lora
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -53,6 +55,21 @@ def make_gpt2(dir=None, seed=0, **sizes):
 PADDED = dict(vocab_size=50304, eos_token_id=50256, n_embd=4)  # as nanoGPT pads
 
 
+def lora_model(base_dir, dtype=torch.float32, **options):
+    """A model with LoRA as after training: B is not zero."""
+    model = GPT.from_pretrained(base_dir, dtype)
+    torch.manual_seed(0)
+    add_lora(model, **options)
+    return randomize_B(model)
+
+
+def randomize_B(model):
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
 def edit_config(dir, **changes):
     config = json.loads((dir / "config.json").read_text())
     (dir / "config.json").write_text(json.dumps(config | changes))
@@ -68,10 +85,10 @@ def assert_same_weights(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def assert_refused(match, call, *args, error=ValueError):
+def assert_refused(match, call, *args, error=ValueError, **options):
     """The call raises this error, and its message matches."""
     with pytest.raises(error, match=match):
-        call(*args)
+        call(*args, **options)
 
 
 @pytest.fixture
@@ -82,10 +99,18 @@ def base_dir(tmp_path):
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a base, an adapter and data for the commands."""
+    monkeypatch.chdir(tmp_path)
+    save_lora(lora_model(make_base("base")), "adapter")
+    write_jsonl("data.jsonl", toy_pairs(40))
+
+
+@pytest.fixture
 def gpt2_tokenizer():
     """GPT-2's tokenizer, if tiktoken has its files or can download them."""
     try:
-        return gpt.load_tokenizer("gpt2")
+        return load_tokenizer("gpt2")
     except OSError as error:
         pytest.skip(f"GPT-2's tokenizer is not available: {error}")
 

@@ -12,29 +12,18 @@ import httpx
 import nbformat
 import pytest
 import torch
-from commands import error_message, file_contents, make_base, read_log, run, toy_pairs, write_jsonl
+from commands import RUN_FILES, error_message, file_contents, read_log, run, toy_pairs, write_jsonl
 from nbclient import NotebookClient
 
 import gpt
 import sample
 import train
 from gpt import GPT, load_tokenizer
-from lora import add_lora, save_lora
 from notebooks import toy
 
+pytestmark = pytest.mark.usefixtures("folder")
 LINE = "--model base --data data.jsonl --steps 3 --batch-size 4 --eval-every 5 --device cpu"
 ROOT = Path(train.__file__).parent
-ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "log.csv", "settings.json"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """The current folder: a base, an adapter, and data."""
-    monkeypatch.chdir(tmp_path)
-    model = GPT.from_pretrained(make_base("base"))
-    add_lora(model)
-    save_lora(model, "adapter")
-    write_jsonl("data.jsonl", toy_pairs(40))
 
 
 @pytest.fixture
@@ -50,7 +39,7 @@ def small_toy(monkeypatch):
 
 def test_result_has_an_adapter_settings_and_log(capsys):
     run(train, f"{LINE} --out out/x")
-    assert sorted(os.listdir("out/x")) == ADAPTER
+    assert sorted(os.listdir("out/x")) == RUN_FILES
     assert json.loads(Path("out/x/settings.json").read_text())["steps"] == 3
     assert [row["step"] for row in read_log("out/x")] == ["1", "2", "3"]
 
@@ -100,7 +89,7 @@ def test_a_closed_pipe_ends_a_run_that_can_be_resumed():
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "Traceback" not in result.stderr and os.listdir("out") == ["settings.json"]
     run(train, "--resume out")
-    assert sorted(os.listdir("out")) == ADAPTER
+    assert sorted(os.listdir("out")) == RUN_FILES
 
 
 def test_text_that_the_base_cannot_read_is_a_warning(capsys):

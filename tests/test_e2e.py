@@ -10,11 +10,11 @@ import loralib
 import pytest
 import sacrebleu
 import torch
-from commands import error_message, make_base, run, write_jsonl
+from commands import error_message, run, write_jsonl
 from conftest import assert_refused, make_gpt2, random_tokens
 
 from gpt import EOS, GPT, encode_text, load_tokenizer
-from lora import add_lora, lora_layers, save_lora
+from lora import load_lora, lora_layers
 from notebooks import e2e
 from train import load_data
 
@@ -183,22 +183,15 @@ def test_other_pt_files_are_refused(tmp_path, monkeypatch, content):
 LINE = "--model base --data data.jsonl --out p.txt --max-new-tokens 8"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = GPT.from_pretrained(make_base("base"))
-    add_lora(model)
-    save_lora(model, "adapter")
-    write_jsonl("data.jsonl", [*PAIRS, (PAIRS[0][0], "Thai:  B.")])
-
-
 def test_command_writes_outputs_and_references_and_prints_bleu(folder, capsys):
+    write_jsonl("data.jsonl", [*PAIRS, (PAIRS[0][0], "Thai:  B.")])
     run(e2e, f"{LINE} --lora adapter --num-beams 2 --batch-size 2")
     outputs = Path("p.txt").read_text().splitlines()
     blocks = Path("p.references.txt").read_text().rstrip("\n").split("\n\n")  # as the scorer does
     assert blocks == ["B is Thai .\nThai: B.", "A.", "C || c"]
     assert "BLEU" in capsys.readouterr().out
     model, tokenizer = GPT.from_pretrained("base"), load_tokenizer("base")
+    load_lora(model, "adapter")
     for (prompt, _), output in zip(PAIRS, outputs, strict=True):
         idx = torch.tensor([encode_text(tokenizer, prompt + EOS)])
         [tokens] = e2e.beam_search(model, idx, 2, 8, 0.8, 4, {tokenizer.eot_token})

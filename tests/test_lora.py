@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import assert_same_weights, random_tokens
+from conftest import assert_refused, assert_same_weights, lora_model, random_tokens
 
 from gpt import GPT, GPTConfig
 from lora import LoRALinear, add_lora, lora_layers, merge_lora, unmerge_lora
@@ -13,16 +13,6 @@ from lora import LoRALinear, add_lora, lora_layers, merge_lora, unmerge_lora
 ALL = ("c_q", "c_k", "c_v", "c_proj", "c_fc")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDX = random_tokens(2, 16)
-
-
-def lora_model(base_dir, dtype=torch.float32, **options):
-    """A model with LoRA as after training: B is not zero."""
-    model = GPT.from_pretrained(base_dir, dtype)
-    torch.manual_seed(0)
-    add_lora(model, **options)
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.02)
-    return model
 
 
 def lora_linear(in_features=24, out_features=40, r=4, alpha=32, dropout=0.0):
@@ -90,19 +80,17 @@ def test_a_target_is_the_end_of_a_dotted_name(base_dir):
 @pytest.mark.parametrize("target", ["c_x", "proj", "wte"])
 def test_an_unknown_target_is_refused_and_changes_nothing(base_dir, target):
     model = GPT.from_pretrained(base_dir)
-    with pytest.raises(ValueError, match=rf"{target}.*attn\.c_q.*mlp\.c_fc"):
-        add_lora(model, targets=["c_q", target])
+    match = rf"{target}.*attn\.c_q.*mlp\.c_fc"
+    assert_refused(match, add_lora, model, targets=["c_q", target])
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_adding_or_merging_twice_is_refused(base_dir):
     model = lora_model(base_dir)
-    with pytest.raises(ValueError, match="already"):
-        add_lora(model)
+    assert_refused("already", add_lora, model)
     merge_lora(model)
-    for call in (add_lora, merge_lora):
-        with pytest.raises(ValueError, match="already"):
-            call(model)
+    assert_refused("already", add_lora, model)
+    assert_refused("already", merge_lora, model)
 
 
 def test_printing_the_model_shows_r_and_alpha(base_dir):

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers
-from conftest import assert_refused, assert_same_weights, make_gpt2, random_tokens
+from conftest import (
+    assert_refused,
+    assert_same_weights,
+    lora_model,
+    make_gpt2,
+    random_tokens,
+    randomize_B,
+)
 from safetensors.torch import load_file, save_file
 
 from gpt import GPT
@@ -19,22 +26,6 @@ TARGETS = [("c_k",), ("c_q", "c_v"), ("1.attn.c_v", "c_proj"), ALL]
 IDX = random_tokens(2, 16)
 
 
-def randomize(model):
-    """B as after training: not zero, except one column."""
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.1)
-            p.data[:, -1] = 0
-    return model
-
-
-def lora_model(base_dir, **options):
-    model = GPT.from_pretrained(base_dir)
-    torch.manual_seed(0)
-    add_lora(model, **options)
-    return randomize(model)
-
-
 def load(base_dir, dir):
     model = GPT.from_pretrained(base_dir)
     load_lora(model, dir)
@@ -44,7 +35,7 @@ def load(base_dir, dir):
 def peft_model(base_dir, **config):
     base = transformers.GPT2LMHeadModel.from_pretrained(base_dir)
     config = dict(target_modules=["c_attn"], r=4, fan_in_fan_out=True) | config
-    return randomize(peft.get_peft_model(base, peft.LoraConfig(**config))).eval()
+    return randomize_B(peft.get_peft_model(base, peft.LoraConfig(**config))).eval()
 
 
 def load_in_peft(base_dir, dir):
@@ -77,7 +68,7 @@ def test_peft_reads_ours(base_dir, tmp_path, targets):
 def test_save_load_is_identity(base_dir, tmp_path, targets, trained):
     model = GPT.from_pretrained(base_dir)
     add_lora(model, r=3, alpha=20, dropout=0.1, targets=targets)
-    save_lora(randomize(model) if trained else model, tmp_path)
+    save_lora(randomize_B(model) if trained else model, tmp_path)
     assert_same_adapter(load(base_dir, tmp_path), model)
 
 

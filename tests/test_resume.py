@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from commands import error_message, file_contents, make_base, read_log, run, toy_pairs, write_jsonl
+from commands import RUN_FILES, error_message, file_contents, read_log, run
 from safetensors.torch import load_file
 
 import train
 
+pytestmark = pytest.mark.usefixtures("folder")
 LINE = "--model base --data data.jsonl --batch-size 4 --eval-every 5 --device cpu"
-RESULT = ["adapter_config.json", "adapter_model.safetensors", "log.csv", "settings.json"]
 RUNS = {
     "lora": "",
     "full": "--method full",
@@ -24,14 +24,6 @@ RUNS = {
     "accumulation": "--grad-accum 3 --batch-size 2",
     "a log every three steps": "--eval-every 15",
 }
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """The current folder: a base and data."""
-    monkeypatch.chdir(tmp_path)
-    make_base("base")
-    write_jsonl("data.jsonl", toy_pairs(40))
 
 
 @pytest.fixture
@@ -82,7 +74,9 @@ def test_a_killed_process_is_resumed():
     next(text for text in process.stdout if re.match("step +20 ", text))
     process.kill()
     process.communicate()
-    assert "checkpoint.pt" in os.listdir("killed") and not set(RESULT) <= set(os.listdir("killed"))
+    assert "checkpoint.pt" in os.listdir("killed") and not set(RUN_FILES) <= set(
+        os.listdir("killed")
+    )
     run(train, "--resume killed")
     run(train, f"{line} --out whole")
     assert_same_result("whole", "killed")
@@ -93,7 +87,7 @@ def test_ctrl_c_says_how_to_go_on(flags, advice, capsys):
     interrupt(f"{LINE} --steps 3 --out out {flags}", step=2)
     assert advice in capsys.readouterr().err
     run(train, "--resume out --device cpu")  # without a checkpoint, from step 0
-    assert sorted(os.listdir("out")) == RESULT
+    assert sorted(os.listdir("out")) == RUN_FILES
 
 
 @pytest.mark.parametrize("flags", ["--steps 9", "--r 4", "--out other"])

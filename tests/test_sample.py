@@ -4,11 +4,10 @@ import shutil
 
 import pytest
 import torch
-from commands import error_message, make_base, run
+from commands import error_message, run
 
 import sample
 from gpt import EOS, GPT, encode_text, load_tokenizer
-from lora import add_lora, lora_layers, save_lora
 from notebooks import toy
 from sample import generate_texts
 
@@ -16,18 +15,8 @@ PROMPTS = ["name : The Mill", "", "food : Thai | area : park", "price : low", "a
 
 
 @pytest.fixture
-def base(tmp_path, monkeypatch):
-    """A base and its tokenizer. The base is in the current folder, too."""
-    monkeypatch.chdir(tmp_path)
-    make_base("base")
+def base(folder):
     return GPT.from_pretrained("base"), load_tokenizer("base")
-
-
-def save_adapter(model):
-    add_lora(model)
-    for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B)
-    save_lora(model, "adapter")
 
 
 def output(line, capsys):
@@ -70,16 +59,14 @@ def test_command_prints_the_prompt_and_its_continuation(base, capsys):
     assert text == tokenizer.decode(ids + tokens).partition(EOS)[0] + "\n"
 
 
-def test_base_is_the_one_that_the_adapter_names(base, capsys):
-    model, _ = base
+def test_base_is_the_one_that_the_adapter_names(folder, capsys):
     plain = output("--model base --prompt Arr --temperature 0", capsys)
-    save_adapter(model)
     text = output("--lora adapter --prompt Arr --temperature 0", capsys)
     assert text == output("--model base --lora adapter --prompt Arr --temperature 0", capsys)
     assert text != plain
 
 
-def test_without_a_base_it_says_to_train_first(base, capsys):
+def test_without_a_base_it_says_to_train_first(folder, capsys):
     assert "python train.py" in error_message(sample, "--prompt Arr", capsys)
     shutil.copytree("base", "out/tiny")
     assert output("--prompt Arr", capsys).startswith("Arr")
@@ -97,7 +84,7 @@ def test_characters_are_printed_whole_and_controls_escaped(
     assert output("--model base --prompt 'caf\x1b'", capsys) == rf"caf\x1b{printed}" + "\n"
 
 
-def test_default_length_fits_the_context(base, capsys):
+def test_default_length_fits_the_context(folder, capsys):
     n = toy.CONFIG.block_size
     run(sample, f"--model base --prompt '{' Thai' * (n - 5)}'")
     message = error_message(sample, f"--model base --prompt '{' Thai' * (n + 1)}'", capsys)

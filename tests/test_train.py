@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import make_base, write_jsonl
-from conftest import make_gpt2, random_tokens
+from conftest import lora_model, random_tokens
+from transformers import GPT2LMHeadModel
 
 import train
 from gpt import EOS, GPT, GPTConfig, encode_text, load_tokenizer
-from lora import add_lora, lora_layers, save_lora
+from lora import add_lora, save_lora
 from notebooks import toy
 from train import collate, default_args, evaluate, get_lr, load_data
 
@@ -159,14 +160,11 @@ def test_learning_rate_warms_up_and_decays():
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_losses_equal_peft(tmp_path, label_smoothing):
-    reference = make_gpt2(tmp_path / "base")
-    model = GPT.from_pretrained(tmp_path / "base")
-    add_lora(model)
-    for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.01)
-    save_lora(model, tmp_path / "adapter")
-    reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
+def test_losses_equal_peft(base_dir, tmp_path, label_smoothing):
+    model = lora_model(base_dir)
+    save_lora(model, tmp_path)
+    reference = GPT2LMHeadModel.from_pretrained(base_dir)
+    reference = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True)
     data = random_examples(8, range(5, 30))  # each step sees all of them
     args = default_args(steps=6, batch_size=8, warmup=2, lr=1e-2, eval_every=5)
     args.label_smoothing = label_smoothing
