@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -66,7 +65,8 @@ def test_a_failed_save_leaves_the_old_file_whole(base_dir, monkeypatch):
 SAVE = """
 import sys, gpt
 model = gpt.GPT.from_pretrained(sys.argv[1])
-for i in range(10):
+print("ready", flush=True)
+for i in range(40):
     model.save_pretrained(sys.argv[2])
 """
 
@@ -75,11 +75,11 @@ def test_two_processes_can_save_into_one_folder(tmp_path, monkeypatch):
     a, b, out = (tmp_path / name for name in ("a", "b", "out"))
     models = [make_gpt2(a, seed=0), make_gpt2(b, seed=1)]
     monkeypatch.setenv("PYTHONPATH", str(Path(gpt.__file__).parent))
-    process = subprocess.Popen([sys.executable, "-c", SAVE, a, out])
+    process = subprocess.Popen([sys.executable, "-c", SAVE, a, out], stdout=subprocess.PIPE)
     model = GPT.from_pretrained(b)
+    process.stdout.readline()  # "ready": it has imported torch
     while process.poll() is None:
         model.save_pretrained(out)
-        time.sleep(0.1)  # leave the core to an import of torch
     assert process.returncode == 0
     weight = GPT.from_pretrained(out).wte.weight
     assert any(torch.equal(weight, model.transformer.wte.weight) for model in models)
