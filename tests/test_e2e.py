@@ -8,7 +8,6 @@ from pathlib import Path
 
 import loralib
 import pytest
-import sacrebleu
 import torch
 from commands import error_message, run, write_jsonl
 from conftest import assert_refused, make_gpt2, random_tokens
@@ -121,10 +120,7 @@ REFERENCES = [block.split("\n") for block in REFERENCES.split("\n\n")]
 
 def test_bleu_is_that_of_the_official_scorer():
     # `measure_scores.py -p` of tuetschek/e2e-metrics: 42.8837. (Case-sensitive: 33.94.)
-    assert e2e.compute_bleu(OUTPUTS, REFERENCES) == pytest.approx(42.8837, abs=0.1)
-    plain = sacrebleu.BLEU(lowercase=True, smooth_method="none")
-    score = plain.corpus_score(OUTPUTS[:2], list(zip(*REFERENCES[:2], strict=True))).score
-    assert e2e.compute_bleu(OUTPUTS[:2], REFERENCES[:2]) == score
+    assert e2e.compute_bleu(OUTPUTS, REFERENCES) == pytest.approx(42.8837, abs=1e-4)
 
 
 # ---- Microsoft's adapters ----

@@ -13,10 +13,10 @@ from gpt import EOS, GPT, encode_text, load_tokenizer
 TEXT = "  The naïve mill 日本語 🦜\n\n\tit's 12,345 '' \u2028\x85\xa0 "
 
 
-def write_tokenizer(dir, special_tokens=(EOS,), vocab_size=300):
+def write_tokenizer(dir, special_tokens=(EOS,)):
     """vocab.json, with the special tokens first, and merges.txt, by Hugging Face's trainer."""
     bpe = tokenizers.ByteLevelBPETokenizer()
-    options = dict(vocab_size=vocab_size, special_tokens=list(special_tokens), show_progress=False)
+    options = dict(vocab_size=300, special_tokens=list(special_tokens), show_progress=False)
     bpe.train_from_iterator(["The mill by the river", "naïve 日本語 🦜 it's 12,345"] * 5, **options)
     bpe.save_model(str(dir))
 
@@ -38,8 +38,8 @@ def test_tokens_are_those_of_gpt2(gpt2_tokenizer):
 def test_a_bases_own_tokenizer_equals_that_of_transformers(own_dir, special_tokens):
     write_tokenizer(own_dir, special_tokens)
     theirs = transformers.GPT2Tokenizer.from_pretrained(own_dir)
-    assert load_tokenizer(own_dir).encode(TEXT) == theirs(TEXT).input_ids
-    assert load_tokenizer(own_dir).decode(theirs(TEXT).input_ids) == TEXT
+    tokenizer, ids = load_tokenizer(own_dir), theirs(TEXT).input_ids
+    assert encode_text(tokenizer, TEXT) == ids and tokenizer.decode(ids) == TEXT
 
 
 @pytest.mark.parametrize("eos_token_id", [0, 350])
@@ -54,12 +54,6 @@ def test_the_tokenizer_of_the_toy_equals_that_of_transformers(tmp_path):
     make_base(tmp_path)
     theirs, text = transformers.GPT2Tokenizer.from_pretrained(tmp_path), f"name : The Mill{EOS} Arr"
     assert encode_text(load_tokenizer(tmp_path), text) == theirs(text).input_ids
-
-
-def test_an_edited_tokenizer_is_read_anew(own_dir):
-    before = load_tokenizer(own_dir).encode(TEXT)
-    write_tokenizer(own_dir, vocab_size=257)  # bytes and EOS, no merges
-    assert len(load_tokenizer(own_dir).encode(TEXT)) == len(TEXT.encode()) > len(before)
 
 
 def test_no_tokenizer_of_another_model_stays_beside_a_saved_one(base_dir, own_dir):

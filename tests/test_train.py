@@ -75,9 +75,6 @@ def test_examples_that_are_too_long_are_counted(tokenizer, tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [("Mill", "Arr! " * n) for n in (1, 100)])
     assert sum(map(len, load_data(str(path), tokenizer, block_size=64))) == 1
     assert "1 of 2" in capsys.readouterr().out
-    write_jsonl(path, [("Mill", "Arr! " * n) for n in (1, 100, 100)])
-    with pytest.raises(ValueError, match=r"a\.jsonl"):  # more than half of them
-        load_data(str(path), tokenizer, block_size=64)
 
 
 @pytest.mark.parametrize("n, n_val", [(1, 0), (19, 0), (39, 1), (8000, 256)])
@@ -239,13 +236,6 @@ def test_losses_in_16_bits_are_near_those_of_float32(method, dtype):
         assert losses(log, name) == pytest.approx(losses(expected, name), abs=0.02)
         assert losses(log, name) != losses(expected, name)
     assert all(p.dtype == torch.float32 for p in params)
-
-
-def test_a_loss_that_is_not_finite_names_lr():
-    model = small_model()
-    model.ln_f.weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="step 1.*--lr"):
-        train.train(model, random_examples(8), [], default_args(eval_every=1))
 
 
 def test_log_has_mean_losses_and_a_validation_loss_after_each_evaluation():
