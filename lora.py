@@ -66,14 +66,14 @@ def add_lora(model, r=4, alpha=32, dropout=0.0, targets=("c_q", "c_v")):
     if lora_layers(model) or hasattr(model, "merged_lora"):  # set by merge_lora
         raise ValueError("the model already has LoRA layers")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = []
     for target in targets:
-        matching = [name for name in linears if f".{name}".endswith(f".{target}")]
-        if not matching:
+        if not any(f".{name}".endswith(f".{target}") for name in linears):
             choices = {re.sub(r"^h\.\d+\.", "", name) for name in linears}
             raise ValueError(f"no '{target}' layer: choose from {sorted(choices)}")
-        names += matching
-    set_lora_layers(model, {name: LoRALinear(linears[name], r, alpha, dropout) for name in names})
+    suffixes = tuple(f".{target}" for target in targets)
+    matching = {name: m for name, m in linears.items() if f".{name}".endswith(suffixes)}
+    layers = {name: LoRALinear(m, r, alpha, dropout) for name, m in matching.items()}
+    set_lora_layers(model, layers)
 
 
 def set_lora_layers(model, layers):

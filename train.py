@@ -27,7 +27,7 @@ from notebooks import e2e, toy
 from sample import TINY_MODEL
 
 TASKS = {"toy": toy, "e2e": e2e}  # toy.py lists what a task must define
-FILE_RECIPE = e2e.RECIPE | {"epochs": 3, "label_smoothing": 0.0, "lora_dropout": 0.0}
+FILE_RECIPE = e2e.RECIPE | dict(epochs=3, eval_every=100, label_smoothing=0.0, lora_dropout=0.0)
 RECIPES = {name: task.RECIPE for name, task in TASKS.items()} | {"files": FILE_RECIPE}
 
 

@@ -1,26 +1,28 @@
-"""What the notebooks share: progress, plots, verdicts, the cipher task, training runs, adapters.
+"""What the notebooks share: progress, exercises, verdicts, plots, the cipher task, training.
 
 NOTEBOOK_QUICK=1 in the environment selects quick mode: one seed, fewer learning rates, a tenth of
 the steps. Tests use it to run every cell. Its results mean nothing.
 """
 
 import copy
+import inspect
+import io
 import math
 import os
 import statistics
 import time
+import traceback
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from IPython.display import display
+from IPython.display import Image, Pretty, display
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from notebooks.toy import SLOTS, VOICES, format_prompt, has_voice, make_pairs, slots_correct
 from sample import generate_texts
 from train import default_args, encode_pair, train
 
+START_TIME = time.time()
 QUICK = os.environ.get("NOTEBOOK_QUICK") == "1"
 
 
@@ -32,43 +34,48 @@ def quick(full, short):
 # ---- Progress and timing ----
 
 
-def live_line():
-    """Display an empty line. Returns update(text), which sets the line's text."""
-    handle = display({"text/plain": ""}, raw=True, display_id=True)
-    return lambda text: handle.update({"text/plain": text}, raw=True)
-
-
-def progress_callback(update):
-    """An on_log for `train` that shows the step and the loss in a live line."""
-    return lambda metrics: update("step {step}, training loss {train_loss:.3f}".format(**metrics))
-
-
 def progress(items, label):
     """Iterate over the items. A live line shows the current one."""
-    items, update, start_time = list(items), live_line(), time.time()
+    items, start_time = list(items), time.time()
+    line = display(Pretty(""), display_id=True)
     for i, item in enumerate(items, 1):
-        update(f"{label} {i} of {len(items)} ({time.time() - start_time:.0f} s)")
+        line.update(Pretty(f"{label} {i} of {len(items)} ({time.time() - start_time:.0f} s)"))
         yield item
-    update(f"{label} {len(items)} of {len(items)}: done in {time.time() - start_time:.0f} s")
+    line.update(Pretty(f"{label}: {len(items)} in {time.time() - start_time:.0f} s"))
 
 
-start_times = {}  # {part of the notebook: time.time() at its first cell}
+def print_run_time():
+    """Print the time since the notebook imported this module."""
+    print(f"{(time.time() - START_TIME) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
-def start_timer(part):
-    start_times[part] = time.time()
+# ---- Exercises and verdicts ----
 
 
-def print_timings():
-    """Print how many seconds each part took. A part ends when the next one starts."""
-    times = [*start_times.values(), time.time()]
-    print(f"{'part':<18} seconds")
-    for part, start, end in zip(start_times, times[:-1], times[1:], strict=True):
-        print(f"{part:<18} {end - start:>7.0f}")
-    print(f"{'total':<18} {times[-1] - times[0]:>7.0f}")
+def check(answer, test):
+    """Print whether an exercise is right, what is wrong, or that a gap is left. Returns a bool.
 
+    answer: a class, a function or a value; a gap is `...`.
+    test: a function of the answer that asserts what must be true.
+    """
+    values = vars(answer).values() if inspect.isclass(answer) else [answer]
+    codes = [value.__code__ for value in values if inspect.isfunction(value)]
+    if answer is ... or any(... in code.co_consts for code in codes):
+        print("not yet: replace every ... in the exercise, run it, then run this cell again")
+        return False
+    try:
+        test(answer)
+        print("right")
+        return True
+    except AssertionError as error:
+        print(f"not right: {error}")
+    except Exception as error:  # a mistake in Python: name the line of the exercise
+        files = {code.co_filename for code in codes}
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {f.lineno}: " for f in frames if f.filename in files]
+        print(f"not right: {''.join(lines[-1:])}{type(error).__name__}: {error}")
+    return False
 
-# ---- Verdicts ----
 
 verdicts = []  # (claim, result, verdict)
 
@@ -85,6 +92,18 @@ def print_verdicts():
 
 
 # ---- Plots ----
+
+
+def figure_image(alt):
+    """Close the current figure. Returns its image, with a text for the blind."""
+    file = io.BytesIO()
+    plt.savefig(file, format="png")
+    plt.close()
+    return Image(file.getvalue(), alt=alt)
+
+
+def show(alt):
+    display(figure_image(alt))
 
 
 def mean_and_range(values, digits):
@@ -109,22 +128,19 @@ def log_ticks(axis):
 
 
 # Each line has its own marker and dashes, so that plots are readable in black and white.
-line_styles = {
-    "color": ["black", "#0072b2", "#d55e00"],
-    "marker": ["o", "s", "^"],
-    "linestyle": ["-", "--", ":"],
-}
+colors, markers, dashes = ["black", "#0072b2", "#d55e00"], ["o", "s", "^"], ["-", "--", ":"]
+line_styles = plt.cycler(color=colors, marker=markers, linestyle=dashes)
 rc_params = {
-    "figure.figsize": (7.5, 3),
-    "figure.dpi": 90,
+    "figure.figsize": (8, 3.6),
+    "figure.dpi": 110,
     "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 12,
+    "axes.titlesize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": plt.cycler(**line_styles),
+    "axes.prop_cycle": line_styles,
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "lines.markersize": 5,
@@ -208,33 +224,16 @@ def lr_search(loss_at, first_lr):
     return losses
 
 
+def tune_lr(run, first_lr):
+    """Search the learning rate with one seed, then run the best rate with others.
+
+    run: a function of (lr, seed) that returns (model, loss), like `fit`.
+    Returns (best rate, a list of (model, loss), one for each of three seeds).
+    """
+    lr = argmin(lr_search(lambda lr: run(lr, seed=100)[1], first_lr))
+    return lr, [run(lr, seed) for seed in quick(range(3), range(1))]
+
+
 def argmin(losses):
     """The key with the lowest value."""
     return min(losses, key=losses.get)
-
-
-# ---- Adapter layers, which the paper compares LoRA with ----
-
-
-class BottleneckAdapter(nn.Module):
-    """y + up(relu(down(norm(y)))) with y = layer(x). It starts as y, since up is zero."""
-
-    def __init__(self, layer, n_embd, width, use_norm=False):
-        super().__init__()
-        self.layer = layer
-        self.norm = nn.LayerNorm(n_embd) if use_norm else nn.Identity()
-        self.down, self.up = nn.Linear(n_embd, width), nn.Linear(width, n_embd)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, *args):
-        y = self.layer(*args)
-        return y + self.up(F.relu(self.down(self.norm(y))))
-
-
-def add_bottleneck_adapters(model, width, houlsby):
-    """Houlsby et al.: after attention and MLP. Otherwise, Lin et al.: after MLP, with norm."""
-    for block in model.h:
-        block.mlp = BottleneckAdapter(block.mlp, model.config.n_embd, width, use_norm=not houlsby)
-        if houlsby:
-            block.attn = BottleneckAdapter(block.attn, model.config.n_embd, width)

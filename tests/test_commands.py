@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -63,6 +65,14 @@ def test_the_commands_run_in_jupyter(monkeypatch):
     source += f"train.main({LINE.split()}); sample.main(['--lora', 'adapter'])"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     NotebookClient(notebook).execute()  # raises if a cell does
+
+
+def test_a_closed_pipe_ends_a_run_that_can_be_resumed():
+    command = f"{sys.executable} {train.__file__} {LINE} --steps 50 --out out | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr and os.listdir("out") == ["settings.json"]
+    run(train, "--resume out")
+    assert sorted(os.listdir("out")) == RUN_FILES
 
 
 def test_text_that_the_base_cannot_read_is_a_warning(capsys):
