@@ -24,7 +24,7 @@ def output_text(output):
 
 
 def printed_text(cell):
-    return "".join(output_text(output) for output in cell.outputs)
+    return "\n".join(output_text(output) for output in cell.outputs)
 
 
 def prints_or_plots(cell):
@@ -114,7 +114,7 @@ def test_solutions_are_right(path, monkeypatch):
     run_quickly(notebook, path, monkeypatch)
     for check in checks:
         assert "right" in printed_text(check).splitlines(), f"{check.source}\n{printed_text(check)}"
-    printed = "".join(map(printed_text, code_cells(notebook)))
+    printed = "\n".join(map(printed_text, code_cells(notebook)))
     losses = re.findall(r"^yours +(\d\.\d+)\n+lora\.py +(\d\.\d+)$", printed, re.MULTILINE)
     assert len(losses) == (path.name == "lora.ipynb")
     assert all(a == b for a, b in losses)  # the student's layer trains as lora.py's does
