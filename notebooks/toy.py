@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gpt import CHAR_TO_BYTE, EOS, GPTConfig, atomic_write
 
-RECIPE = {"steps": 150, "batch_size": 32, "lr": 5e-3, "eval_every": 100}
+RECIPE = {"steps": 150, "batch_size": 32, "lr": 5e-3, "eval_every": 150}
 NAMES = "Anchor Bakery Cellar Dragon Falcon Garden Kettle Lantern Mill Orchard Pantry Tavern"
 SLOTS = {
     "name": [f"The {name}" for name in NAMES.split()],
