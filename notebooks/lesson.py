@@ -95,7 +95,7 @@ def print_verdicts():
 
 
 def figure_image(alt):
-    """Close the current figure. Returns its image, with a text for the blind."""
+    """Close the current figure. Returns its image, with alt text."""
     file = io.BytesIO()
     plt.savefig(file, format="png")
     plt.close()
@@ -103,6 +103,7 @@ def figure_image(alt):
 
 
 def show(alt):
+    """Display the current figure, with alt text, and close it."""
     display(figure_image(alt))
 
 

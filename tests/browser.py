@@ -3,7 +3,7 @@
     pip install playwright && python tests/browser.py
 
 It needs Chromium (on Debian: apt-get install chromium) and a copy of the base in out/tiny
-(`python train.py` makes it). It runs a copy of the notebook and leaves the original alone.
+(`python train.py` makes it). It runs a copy of the notebook, and saves out/slider.png.
 """
 
 import shutil
