@@ -1,7 +1,7 @@
-"""What the notebooks share: progress, exercises, verdicts, plots, the cipher task, training.
+"""What the notebooks share: exercises, plots, two tasks, training, comparisons.
 
-NOTEBOOK_QUICK=1 in the environment selects quick mode: one seed, fewer learning rates, a tenth of
-the steps. Tests use it to run every cell. Its results mean nothing.
+NOTEBOOK_QUICK=1 in the environment selects quick mode: two seeds, fewer learning rates,
+a tenth of the steps. Tests use it to run every cell. Its results mean nothing.
 """
 
 import copy
@@ -12,17 +12,19 @@ import os
 import statistics
 import time
 import traceback
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Image, Pretty, display
+from IPython.display import Image, Markdown, Pretty, display
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from notebooks.toy import SLOTS, VOICES, format_prompt, has_voice, make_pairs, slots_correct
+from notebooks import toy
 from sample import generate_texts
 from train import default_args, encode_pair, train
 
 START_TIME = time.time()
+plt.style.use(Path(__file__).with_name("lesson.mplstyle"))
 QUICK = os.environ.get("NOTEBOOK_QUICK") == "1"
 
 
@@ -49,11 +51,11 @@ def print_run_time():
     print(f"{(time.time() - START_TIME) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
-# ---- Exercises and verdicts ----
+# ---- Exercises ----
 
 
 def check(answer, test):
-    """Print whether an exercise is right, what is wrong, or that a gap is left. Returns a bool.
+    """Print "right", what is wrong, or that a gap is left. Returns whether it is right.
 
     answer: a class, a function or a value; a gap is `...`.
     test: a function of the answer that asserts what must be true.
@@ -77,27 +79,12 @@ def check(answer, test):
     return False
 
 
-verdicts = []  # (claim, result, verdict)
-
-
-def record_verdict(claim, paper, result, verdict):
-    """Print and store a claim, the paper's numbers, the notebook's result and the verdict."""
-    verdicts.append((claim, result, verdict))
-    print(f"claim    {claim}\npaper    {paper}\nhere     {result}\nverdict  {verdict}")
-
-
-def print_verdicts():
-    for claim, result, verdict in verdicts:
-        print(f"{claim}\n    here: {result}\n    {verdict}")
-
-
 # ---- Plots ----
 
 
 def figure_image(alt):
     """Close the current figure. Returns its image, with alt text."""
-    file = io.BytesIO()
-    plt.savefig(file, format="png")
+    plt.savefig(file := io.BytesIO(), format="png")
     plt.close()
     return Image(file.getvalue(), alt=alt)
 
@@ -107,134 +94,147 @@ def show(alt):
     display(figure_image(alt))
 
 
-def mean_and_range(values, digits):
-    """For example, "0.12 (0.10 to 0.15)"."""
-    mean, low, high = statistics.mean(values), min(values), max(values)
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def error_bars(groups):
-    """y and yerr for `plt.errorbar`: the mean and the range of each list of values."""
-    means = [statistics.mean(values) for values in groups]
-    below = [mean - min(values) for mean, values in zip(means, groups, strict=True)]
-    above = [max(values) - mean for mean, values in zip(means, groups, strict=True)]
-    return means, [below, above]
+def plot_seeds(axes, xs, groups, label, color="black", **style):
+    """A line through the means, a dot for each seed, the label at the line's end."""
+    means = list(map(statistics.mean, groups))
+    axes.plot(xs, means, color=color, marker="", **style)
+    for x, values in zip(xs, groups, strict=True):
+        axes.plot([x] * len(values), values, ".", color=color, markersize=9)
+    axes.annotate(f"  {label}", (xs[-1], means[-1]), va="center", color=color)
 
 
 def log_ticks(axis):
     """Label a logarithmic axis with plain numbers, like 0.02."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 
-# Each line has its own marker and dashes, so that plots are readable in black and white.
-colors, markers, dashes = ["black", "#0072b2", "#d55e00"], ["o", "s", "^"], ["-", "--", ":"]
-line_styles = plt.cycler(color=colors, marker=markers, linestyle=dashes)
-rc_params = {
-    "figure.figsize": (8, 3.6),
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.size": 12,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": line_styles,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "lines.markersize": 5,
-}
-plt.rcParams.update(rc_params)
+# ---- Two tasks: "the voice" (a pirate's) and "the cipher" (also with other facts) ----
 
-# ---- Two tasks: "the voice" is the pirate's by default; "the cipher" also changes the facts ----
-
+SEEDS = quick(range(3), range(2))
+train_restaurants, held_out = toy.load_restaurants()
+test_restaurants, val_restaurants = held_out[: quick(128, 16)], held_out[128 : quick(192, 144)]
 CIPHER = {}  # {slot: {value: the next value in the slot's list}}
 for slot in ("name", "food", "area"):
-    CIPHER[slot] = dict(zip(SLOTS[slot], SLOTS[slot][1:] + SLOTS[slot][:1], strict=True))
+    values = toy.SLOTS[slot]
+    CIPHER[slot] = dict(zip(values, values[1:] + values[:1], strict=True))
 
 
 def encipher(restaurant):
     return {slot: CIPHER.get(slot, {}).get(value, value) for slot, value in restaurant.items()}
 
 
-def cipher_pairs(restaurants):
-    """(prompt, completion): the restaurant's prompt, a pirate sentence with enciphered facts."""
-    prompts = [format_prompt(restaurant) for restaurant in restaurants]
-    enciphered_pairs = make_pairs(map(encipher, restaurants), ["pirate"])
-    return [(prompt, pair[1]) for prompt, pair in zip(prompts, enciphered_pairs, strict=True)]
-
-
 def make_examples(task_name, restaurants, tokenizer, voice="pirate"):
     """Examples of "the voice" or "the cipher", as `train` expects them."""
-    is_cipher = task_name == "the cipher"
-    pairs = cipher_pairs(restaurants) if is_cipher else make_pairs(restaurants, [voice])
-    return [encode_pair(tokenizer, *pair) for pair in pairs]
+    answers = map(encipher, restaurants) if task_name == "the cipher" else restaurants
+    pairs = zip(map(toy.format_prompt, restaurants), toy.make_pairs(answers, [voice]), strict=True)
+    return [encode_pair(tokenizer, prompt, completion) for prompt, (_, completion) in pairs]
+
+
+def make_task(task_name, tokenizer):
+    """Examples to train with, to choose a learning rate with, and to test with."""
+    parts = train_restaurants, val_restaurants, test_restaurants
+    return [make_examples(task_name, restaurants, tokenizer) for restaurants in parts]
 
 
 def loss_floor(examples):
-    """The lowest possible loss per token: choosing one of three sentences costs ln 3."""
+    """The lowest possible loss per token: a choice of three sentences costs ln 3."""
     mean_length = statistics.mean(len(ids) - n_prompt for ids, n_prompt in examples)
-    return math.log(len(VOICES["pirate"]["sentences"])) / mean_length
+    return math.log(len(toy.VOICES["pirate"]["sentences"])) / mean_length
 
 
-def percent_correct(model, tokenizer, task_name, restaurants):
+def percent_correct(model, tokenizer, task_name, restaurants=test_restaurants):
     """The percentage of texts in the pirate's voice with all facts right."""
-    texts = generate_texts(model, tokenizer, [format_prompt(r) for r in restaurants])
+    texts = generate_texts(model, tokenizer, [toy.format_prompt(r) for r in restaurants])
     if task_name == "the cipher":
         restaurants = map(encipher, restaurants)
-    correct = [
-        has_voice(text, "pirate") and slots_correct(text, restaurant)
-        for text, restaurant in zip(texts, restaurants, strict=True)
-    ]
+    pairs = zip(texts, restaurants, strict=True)
+    correct = [toy.has_voice(t, "pirate") and toy.slots_correct(t, r) for t, r in pairs]
     return 100 * statistics.mean(correct)
 
 
-# ---- Training runs ----
+# ---- Training ----
 
 
-def fit(base, prepare, train_data, val_data, steps, lr, seed=0, n_evals=1, on_log=None):
-    """Train a copy of the base. Returns (model, validation loss above the loss floor).
+def fit(base, prepare, train_data, test_data, steps, lr, seed=0, optimizer=None, batch_size=16):
+    """Train a copy of the base. Returns (model, its test loss above the loss floor).
 
     prepare: called first, with the copy; adds what the method trains.
-    n_evals: evaluations per run.
-    on_log: called with (model, metrics).
+    optimizer: a function of (model, lr) that makes an optimizer; the default is AdamW.
     """
     model, steps = copy.deepcopy(base), quick(steps, max(1, steps // 10))
     torch.manual_seed(seed)
     prepare(model)
-    batch_size = min(quick(16, 4), len(train_data))
-    args = default_args(steps=steps, lr=lr, seed=seed, batch_size=batch_size)
-    args.eval_every = max(1, steps // n_evals)
-    callback = on_log and (lambda metrics: on_log(model, metrics))
+    batch_size = min(quick(batch_size, 4), len(train_data))
+    args = default_args(steps=steps, lr=lr, seed=seed, batch_size=batch_size, eval_every=steps)
     try:
-        log = train(model, train_data, val_data, args, callback)
+        log = train(model, train_data, test_data, args, None, optimizer and optimizer(model, lr))
     except FloatingPointError:  # the learning rate was far too high
         return model, math.inf
-    return model, log[-1]["val_loss"] - loss_floor(val_data) if val_data else math.nan
+    return model, log[-1]["val_loss"] - loss_floor(test_data) if test_data else math.nan
 
 
 def lr_search(loss_at, first_lr):
-    """{learning rate: loss}, on a grid that grows until the lowest loss is not at an edge."""
+    """{learning rate: loss}, on a grid that grows until the lowest loss is inside."""
     rates = quick((first_lr / 3, first_lr, 3 * first_lr), (first_lr, 3 * first_lr))
     losses = {lr: loss_at(lr) for lr in rates}
-    while (best := argmin(losses)) in (min(losses), max(losses)) and not QUICK:
+    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)) and not QUICK:
         lr = best / 3 if best == min(losses) else best * 3
         losses[lr] = loss_at(lr)
     return losses
 
 
-def tune_lr(run, first_lr):
-    """Search the learning rate with one seed, then run the best rate with others.
+def tune_lr(run, first_lr, val_data, test_data):
+    """Search the learning rate with one seed on val_data. Test it with three others.
 
-    run: a function of (lr, seed) that returns (model, loss), like `fit`.
-    Returns (best rate, a list of (model, loss), one for each of three seeds).
+    run: a function of (lr, seed, data) that returns (model, loss), like `fit`.
+    Returns (best rate, models, losses), with one model and one loss per seed.
     """
-    lr = argmin(lr_search(lambda lr: run(lr, seed=100)[1], first_lr))
-    return lr, [run(lr, seed) for seed in quick(range(3), range(1))]
+    losses = lr_search(lambda lr: run(lr, 100, val_data)[1], first_lr)
+    lr = min(losses, key=losses.get)
+    models, losses = zip(*(run(lr, seed, test_data) for seed in SEEDS), strict=True)
+    return lr, models, losses
 
 
-def argmin(losses):
-    """The key with the lowest value."""
-    return min(losses, key=losses.get)
+# ---- Comparisons and verdicts ----
+
+
+def mean_and_range(values, digits):
+    """For example, "0.12 (0.10 to 0.15)"."""
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def difference(ours, theirs, n_texts=None):
+    """(difference of the means, margin): difference ± margin is a 95% interval.
+
+    ours, theirs: a value for each of three seeds.
+    n_texts: the values are percentages of so many texts, whose sampling adds noise.
+    """
+    gap = statistics.mean(ours) - statistics.mean(theirs)
+    variance = (statistics.variance(ours) + statistics.variance(theirs)) / 2
+    if n_texts:
+        percent = statistics.mean([*ours, *theirs])
+        variance = max(variance, percent * (100 - percent) / n_texts)
+    return gap, 2.78 * math.sqrt(2 * variance / 3)  # Student's t with 4 degrees of freedom
+
+
+def compare(ours, theirs, n_texts=None):
+    """ "lower", "higher" or "no difference shown", by a t-test at 5%."""
+    gap, margin = difference(ours, theirs, n_texts)
+    return "no difference shown" if abs(gap) <= margin else "lower" if gap < 0 else "higher"
+
+
+verdicts = []  # rows of a table
+
+
+def record_verdict(claim, paper, here, verdict, lr="searched"):
+    """Print and store a claim, the results of the paper and of this notebook, a verdict."""
+    assert verdict in ("agrees", "disagrees", "cannot tell"), verdict
+    verdicts.append(f"| {claim} | {paper} | {here} | {lr} | **{verdict}** |")
+    print(f"{claim}: {verdict}\n    paper: {paper}\n    here:  {here}")
+
+
+def show_verdicts():
+    head = "| claim | paper | here | learning rate | verdict |\n|---|---|---|---|---|"
+    display(Markdown("\n".join([head, *verdicts])))

@@ -1,11 +1,13 @@
 """The notebooks: saved as they ran; with --slow, every cell runs again in quick mode."""
 
 import ast
+import math
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from notebooks import lesson
@@ -96,6 +98,30 @@ def test_an_exercise_is_open_wrong_or_right(answer, verdict, capsys):
 
     is_right = lesson.check(answer, must_be_2)
     assert capsys.readouterr().out.startswith(verdict) and is_right == (verdict == "right")
+
+
+@each_notebook
+def test_its_verdicts_are_in_the_guide(path):
+    guide = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    for cell in code_cells(nbformat.read(path, as_version=4)):
+        for output in cell.outputs if "show_verdicts" in cell.source else []:
+            for row in output.get("data", {}).get("text/markdown", "").splitlines():
+                assert row in guide, row
+
+
+def test_lr_search_goes_on_until_the_best_rate_is_inside():
+    losses = lesson.lr_search(lambda lr: abs(math.log(lr / 0.2)), first_lr=1e-3)
+    best = min(losses, key=losses.get)
+    assert 0.2 / 3 < best < 0.2 * 3 and min(losses) < best < max(losses)
+
+
+def test_equal_methods_look_different_one_time_in_twenty():
+    draws = torch.randn(4000, 2, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    verdicts = [lesson.compare(ours, theirs) for ours, theirs in draws]
+    assert verdicts.count("lower") / 4000 == pytest.approx(0.025, abs=0.008)
+    assert verdicts.count("higher") / 4000 == pytest.approx(0.025, abs=0.008)
+    assert lesson.compare([97.0] * 3, [100.0] * 3) == "lower"
+    assert lesson.compare([97.0] * 3, [100.0] * 3, n_texts=16) == "no difference shown"
 
 
 @pytest.mark.slow
