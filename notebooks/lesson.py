@@ -1,7 +1,6 @@
 """What the notebooks share: exercises, plots, two tasks, training, comparisons.
 
-NOTEBOOK_QUICK=1 in the environment selects quick mode: two seeds, fewer learning rates,
-a tenth of the steps. Tests use it to run every cell. Its results mean nothing.
+Tests set NOTEBOOK_QUICK=1: few seeds, rates and steps, with meaningless results.
 """
 
 import copy
@@ -32,6 +31,8 @@ def quick(full, short):
     """The full value, or the short one in quick mode."""
     return short if QUICK else full
 
+
+SEEDS = quick(range(3), range(2))  # of the runs that are compared
 
 # ---- Progress and timing ----
 
@@ -111,7 +112,6 @@ def log_ticks(axis):
 
 # ---- Two tasks: "the voice" (a pirate's) and "the cipher" (also with other facts) ----
 
-SEEDS = quick(range(3), range(2))
 train_restaurants, held_out = toy.load_restaurants()
 test_restaurants, val_restaurants = held_out[: quick(128, 16)], held_out[128 : quick(192, 144)]
 CIPHER = {}  # {slot: {value: the next value in the slot's list}}
@@ -190,8 +190,8 @@ def tune_lr(run, first_lr, val_data, test_data):
     run: a function of (lr, seed, data) that returns (model, loss), like `fit`.
     Returns (best rate, models, losses), with one model and one loss per seed.
     """
-    losses = lr_search(lambda lr: run(lr, 100, val_data)[1], first_lr)
-    lr = min(losses, key=losses.get)
+    val_losses = lr_search(lambda lr: run(lr, 100, val_data)[1], first_lr)
+    lr = min(val_losses, key=val_losses.get)
     models, losses = zip(*(run(lr, seed, test_data) for seed in SEEDS), strict=True)
     return lr, models, losses
 
@@ -220,7 +220,7 @@ def difference(ours, theirs, n_texts=None):
 
 
 def compare(ours, theirs, n_texts=None):
-    """ "lower", "higher" or "no difference shown", by a t-test at 5%."""
+    """Whether ours is "lower", "higher" or there is "no difference shown" (t-test at 5%)."""
     gap, margin = difference(ours, theirs, n_texts)
     return "no difference shown" if abs(gap) <= margin else "lower" if gap < 0 else "higher"
 
