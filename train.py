@@ -302,7 +302,7 @@ def run(args):
     has_metrics = hasattr(task, "metrics") and not from_scratch
     val_pairs = task.load_pairs(subset)[1][:256] if has_metrics else []
     device = sample.pick_device(args.device)
-    args.dtype = args.dtype or sample.pick_dtype(device)
+    args.dtype = args.dtype or ("float32" if task is toy else sample.pick_dtype(device))
     torch.manual_seed(args.seed)
     if from_scratch:  # save a model with random weights, then load it like any other
         if not hasattr(task, "CONFIG"):

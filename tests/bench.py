@@ -127,8 +127,8 @@ def training(who, folder, device, dtype, batch, length, r=4):
     """Training steps on texts of `length` tokens.
 
     who: as in `load_model`; with ", compiled" at the end, the blocks are compiled.
-    length: a pair means from so many to so many tokens, and the first half is the prompt. A
-        round is then ten steps.
+    length: a pair means from so many to so many tokens, and the first half is the prompt.
+    A round is one step; ten if steps are short: with such a pair, or on a GPU.
     """
     # Full fine-tuning keeps its weights in float32 and computes in bfloat16.
     is_full = who in ("ours", "transformers")
@@ -155,10 +155,11 @@ def training(who, folder, device, dtype, batch, length, r=4):
             labels = labels.to(device)
         batches.append((idx.to(device), labels, lengths.sum().item()))
     batches = itertools.cycle(batches)
+    n_steps = 10 if has_prompts or device == "cuda" else 1
 
     def run_steps():
         n_tokens = 0
-        for idx, labels, n in itertools.islice(batches, 10 if has_prompts else 1):
+        for idx, labels, n in itertools.islice(batches, n_steps):
             with autocast:
                 if "ours" in who:
                     loss = model(idx, labels)
@@ -169,7 +170,7 @@ def training(who, folder, device, dtype, batch, length, r=4):
             optimizer.zero_grad()
             losses.append(loss.item())
             n_tokens += n
-        return {"first loss": losses[0], "tokens": n_tokens}
+        return {"first loss": losses[0], "tokens": n_tokens / n_steps, "steps": n_steps}
 
     return run_steps
 
@@ -291,6 +292,7 @@ def serve(pipe, job, options):
             else:
                 unit = 2**30 if sys.platform == "darwin" else 2**20
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+            seconds /= results[0].get("steps", 1)
             pipe.send({"seconds": seconds, "GiB": peak} | results[0])
     except EOFError:  # the parent has closed the pipe
         pass

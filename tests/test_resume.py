@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, large_loss_scale):
     run(train, f"{line} --out whole")
     interrupt(f"{line} --out parts", step=3)
     interrupt(f"{line} --out parts", step=9)  # the same command resumes, too
-    run(train, "--resume parts")
+    run(train, "--resume parts --device cpu")
     assert_same_result("whole", "parts")
 
 
@@ -76,7 +76,7 @@ def test_a_killed_process_is_resumed():
     process.communicate()
     files = os.listdir("killed")
     assert "checkpoint.pt" in files and "adapter_model.safetensors" not in files
-    run(train, "--resume killed")
+    run(train, "--resume killed --device cpu")
     run(train, f"{line} --out whole")
     assert_same_result("whole", "killed")
 
