@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019) in one file: model, loss, generation, files, tokenizer.
 
-- The logits match OpenAI's: pre-norm blocks, learned positions, tanh GELU, tied head.
+- OpenAI's architecture: pre-norm blocks, learned positions, tanh GELU, tied head.
 - The fused `c_attn` is three `nn.Linear`s here, so LoRA can adapt `c_q` and `c_v`.
 - The loss is computed in chunks, so a large batch's logits are never all in memory.
 - Generation uses a preallocated KV cache and yields one token per step.
