@@ -325,7 +325,7 @@ def run(args):
     print(f"data   {args.data}: {len(train_data):,} for training, {len(val_data):,} for validation")
     base_loss = evaluate(model, (val_data or train_data)[:8], args.batch_size)
     if base_loss > math.log(model.config.vocab_size) and not from_scratch:
-        print(f"warning: {args.model} cannot read {args.data}. Use gpt2. New voice? Rename out")
+        print(f"warning: {args.model} cannot read {args.data}. New voice? Rename out. Else: gpt2")
     if not is_full:
         torch.manual_seed(args.seed)  # the same A, whatever ran before
         add_lora(model, args.r, args.alpha, args.lora_dropout, args.targets)

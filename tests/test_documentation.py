@@ -55,7 +55,7 @@ def test_the_snippets_in_the_readme_run(stand_ins, monkeypatch):
     run(train, "--model gpt2 --data my.txt --steps 1")
     for source in re.findall(r"```python\n(.*?)```|python -c \"([^\"]*)\"", TEXT, re.DOTALL):
         exec("".join(source), {})
-    assert e2e.read_pairs("my.jsonl") == [("Who?", "Me.")]
+    assert e2e.read_pairs("qa.jsonl") == [("Who?", "Me.")]
 
 
 @pytest.mark.slow
