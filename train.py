@@ -353,7 +353,7 @@ def run(args):
     prompt = re.sub(r"""["“”$`!%\\\s\x00-\x1f]+""", " ", prompt).lstrip("-")  # safe in a shell
     flag = f'--model "{args.out}"' if is_full else f'--lora "{args.out}"'
     print(f'\nSaved in {args.out}. Next:\n  python sample.py {flag} --prompt "{prompt}"')
-    print("  jupyter notebook notebooks/lora.ipynb")
+    print("  jupyter lab notebooks/lora.ipynb")
 
 
 if __name__ == "__main__":

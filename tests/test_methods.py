@@ -131,7 +131,7 @@ def assert_equals_peft(model, peft_model, base):
 
 def test_rslora_equals_peft(base):
     model = with_lora(base)
-    AFTER.rank_stabilised(model)
+    AFTER.rank_stabilized(model)
     assert_equals_peft(model, with_peft_lora(use_rslora=True), base)
 
 
