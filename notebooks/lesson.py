@@ -174,12 +174,12 @@ def fit(base, prepare, train_data, test_data, steps, lr, seed=0, optimizer=None,
     return model, log[-1]["val_loss"] - loss_floor(test_data) if test_data else math.nan
 
 
-def lr_search(loss_at, first_lr):
+def lr_search(loss_at, first_lr, factor=3):
     """{learning rate: loss}, on a grid that grows until the lowest loss is inside."""
-    rates = quick((first_lr / 3, first_lr, 3 * first_lr), (first_lr, 3 * first_lr))
+    rates = quick((first_lr / factor, first_lr, factor * first_lr), (first_lr, factor * first_lr))
     losses = {lr: loss_at(lr) for lr in rates}
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)) and not QUICK:
-        lr = best / 3 if best == min(losses) else best * 3
+        lr = best / factor if best == min(losses) else best * factor
         losses[lr] = loss_at(lr)
     return losses
 
